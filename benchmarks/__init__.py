@@ -1,0 +1,1 @@
+"""Benchmarks and the demo: real `vllm` processes, measured side by side in one run."""

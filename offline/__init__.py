@@ -1,0 +1,1 @@
+"""Offline tools: calibrate, transform, quantize, pack and evaluate checkpoints."""

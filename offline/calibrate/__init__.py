@@ -1,0 +1,1 @@
+"""Calibration: token sequences, and the second moments of the activations they cause."""

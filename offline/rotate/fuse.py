@@ -1,0 +1,138 @@
+"""Fusion of norms and rotations into the weights, in float64 (method: arXiv 2412.14363 section 4.2; QuaRot for H).
+
+Row vectors, y = x·Wᵀ, W [out, in]. Every function takes tensors by full checkpoint name and returns new ones; nothing
+is changed in place. o_proj keeps its head-major columns (each head [low | high]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from offline.bases.bases import LayerRotation
+from offline.models.adapter import LinearName, ModelAdapter, NormName
+from resq_vllm.errors import ResQError
+from resq_vllm.hadamard import hadamard_matrix, hadamard_order, sylvester
+
+NORM_READERS: dict[NormName, tuple[LinearName, ...]] = {"input": ("q", "k", "v"), "post": ("gate", "up")}
+# Rows of an embedding rotated at a time: float64 copies of a 150k-row table would not fit beside it.
+ROW_CHUNK = 16384
+
+
+def fold_norms(tensors: Mapping[str, torch.Tensor], adapter: ModelAdapter, layer: int) -> dict[str, torch.Tensor]:
+    """One layer with its RMSNorm weights moved into q, k, v and gate, up: W ← W·diag(γ), γ ← 1.
+
+    The folded weights are float64, the other tensors as given.
+    """
+    result = dict(tensors)
+    for norm, readers in NORM_READERS.items():
+        gamma = result[adapter.norm(layer, norm)]
+        for name in readers:
+            key = adapter.linear(layer, name) + ".weight"
+            result[key] = result[key].double() * gamma.double()
+        result[adapter.norm(layer, norm)] = torch.ones_like(gamma)
+    return result
+
+
+def fuse_layer(
+    tensors: Mapping[str, torch.Tensor],
+    adapter: ModelAdapter,
+    layer: int,
+    rotation: LayerRotation,
+    hadamard_groups: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """One decoder layer, norms folded and rotated: the same names and shapes, all in ``dtype``.
+
+    q, k, v, gate, up: W·U_A. v: U_B[t]ᵀ·W_v[t] and b_v[t]·U_B[t] per kv head t; o_proj's columns of query head j:
+    W_o[:, j]·U_B[⌊j/g⌋]. o and down: U_Aᵀ·W, and output biases b·U_A. down: W·H_Dᵀ with
+    H_D = I_G ⊗ (H_k ⊗ H_{2^m})/√n, G = ``hadamard_groups``; 0 leaves H_D out. Computed in float64 on the device of
+    ``rotation.residual``, returned on the device of the input. U_C is left to run time.
+
+    Raises ResQError when ``rotation`` has other sizes than the model, or G does not cut the FFN width.
+    """
+    _check(adapter, rotation)
+    device = rotation.residual.device
+    work = {name: value.to(device, torch.float64) for name, value in fold_norms(tensors, adapter, layer).items()}
+    basis, heads = rotation.residual, rotation.value
+    kv, hd, group = adapter.num_kv_heads, adapter.head_dim, adapter.heads_per_kv
+
+    def weight(name: LinearName) -> str:
+        return adapter.linear(layer, name) + ".weight"
+
+    def bias(name: LinearName) -> str:
+        return adapter.linear(layer, name) + ".bias"
+
+    for name in (*NORM_READERS["input"], *NORM_READERS["post"]):
+        work[weight(name)] = work[weight(name)] @ basis
+    work[weight("v")] = (heads.mT @ work[weight("v")].view(kv, hd, -1)).flatten(0, 1)
+    if bias("v") in work:
+        work[bias("v")] = (work[bias("v")].view(kv, 1, hd) @ heads).flatten()
+    columns = work[weight("o")].view(-1, kv, group, hd)
+    work[weight("o")] = basis.T @ torch.einsum("nkgi,kij->nkgj", columns, heads).flatten(1)
+    work[weight("down")] = basis.T @ rotate_rows(work[weight("down")], hadamard_groups)
+    for name in ("o", "down"):
+        if bias(name) in work:
+            work[bias(name)] = work[bias(name)] @ basis
+    return {name: value.to(tensors[name].device, dtype) for name, value in work.items()}
+
+
+def rotate_rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """x·H_Dᵀ along the last dimension f of x [..., f], in x's dtype; ``groups`` = 0 returns x.
+
+    Each of the ``groups`` blocks, seen as [k, 2^m] row-major, becomes H_k·block·H_{2^m}/√(k·2^m). This is also what the
+    input of down_proj goes through at run time. Raises ResQError when the width does not
+    divide or has no Hadamard order.
+    """
+    if groups == 0:
+        return x
+    width = x.shape[-1]
+    if width % groups:
+        raise ResQError(f"{groups} Hadamard blocks do not divide {width} columns; choose a divisor")
+    n = width // groups
+    k = hadamard_order(n)
+    left = hadamard_matrix(k).to(x.device, x.dtype)
+    right = sylvester(n // k).to(x.device, x.dtype)
+    blocks = x.reshape(*x.shape[:-1], groups, k, n // k)
+    return ((left @ blocks @ right) / n**0.5).reshape(x.shape)
+
+
+def fuse_embedding(table: torch.Tensor, residual: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """E·U_A for the token embedding [vocab, d]; returns [vocab, d] in ``dtype``."""
+    return _rotate_table(table, residual, dtype)
+
+
+def fuse_lm_head(
+    table: torch.Tensor, final_norm: torch.Tensor, residual: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """W·diag(γ_final)·U_A for lm_head [vocab, d] (of a tied model: the embedding as it was); returns ``dtype``.
+
+    The final norm's weight becomes ones with this.
+    """
+    gamma = final_norm.to(residual.device, torch.float64)
+    return _rotate_table(table, gamma[:, None] * residual, dtype)
+
+
+def _rotate_table(table: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if table.shape[-1] != matrix.shape[0]:
+        raise ResQError(f"a basis of {matrix.shape[0]} dimensions does not fit an embedding of {table.shape[-1]}")
+    result = torch.empty(table.shape, dtype=dtype, device=table.device)
+    for start in range(0, table.shape[0], ROW_CHUNK):
+        rows = table[start : start + ROW_CHUNK].to(matrix.device, torch.float64)
+        result[start : start + ROW_CHUNK] = (rows @ matrix).to(table.device, dtype)
+    return result
+
+
+def _check(adapter: ModelAdapter, rotation: LayerRotation) -> None:
+    d, kv, hd = adapter.hidden_size, adapter.num_kv_heads, adapter.head_dim
+    wanted = {"residual": (d, d), "value": (kv, hd, hd), "key": (hd, hd)}
+    for name, shape in wanted.items():
+        found: torch.Tensor = getattr(rotation, name)
+        if tuple(found.shape) != shape:
+            raise ResQError(
+                f"the {name} basis has shape {list(found.shape)}, but the model needs {list(shape)}; "
+                "make the basis from this model"
+            )
+        if found.dtype != torch.float64:
+            raise ResQError(f"the {name} basis is {found.dtype}; rotations are fused in float64")
