@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from resq_vllm.errors import ResQError
 
+METADATA_KEY = "resq"
+
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write to a temporary file beside ``path`` and rename, so that an interrupted write leaves the old file."""
@@ -20,7 +23,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, dict(metadata))
+        # One entry: safetensors writes several in random order, and the same run must give the same bytes.
+        header = {METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, header)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -35,9 +40,9 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
         raise ResQError(f"{path}: no such file; run the step that writes it")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ResQError(
             f"{path}: truncated or no safetensors file ({error}); delete it and run the step again"
         ) from error

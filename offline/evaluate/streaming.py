@@ -1,0 +1,52 @@
+"""Perplexity one decoder layer at a time: what ``resq quantize`` puts into the model card, within its memory bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from offline.evaluate.perplexity import Perplexity, perplexity
+from offline.evaluate.sequences import Sequences
+from offline.models.layer import LoadedLayer
+from offline.models.runner import LayerRunner, make_batches
+
+# Logits of this many positions at a time: a 128k vocabulary in float32 is 0.5 MB a position.
+_LOGIT_ROWS = 512
+
+
+@torch.no_grad()
+def streaming_perplexity(
+    runner: LayerRunner,
+    sequences: Sequences,
+    layer: Callable[[int], LoadedLayer],
+    embedding: torch.Tensor,
+    final_norm: torch.Tensor,
+    lm_head: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Run ``sequences`` through the layers that ``layer(index)`` gives, plain or fake-quantized.
+
+    embedding and lm_head [vocab, d], final_norm [d], in any float type; arithmetic in the runner's dtype. Holds one
+    layer and the hidden states. ``progress`` gets (layers done, layers).
+    """
+    batches = make_batches([torch.tensor([ids]) for ids in sequences.ids])
+    hiddens = runner.embed(batches, embedding)
+    layers = runner.adapter.num_layers
+    for index in range(layers):
+        layer(index).run(hiddens)
+        if progress is not None:
+            progress(index + 1, layers)
+    nll: list[float] = []
+    for ids, hidden in zip(batches, hiddens, strict=True):
+        for row, states in zip(ids, hidden, strict=True):
+            losses = []
+            for start in range(0, len(row) - 1, _LOGIT_ROWS):
+                stop = min(start + _LOGIT_ROWS, len(row) - 1)
+                logits = runner.logits(states[None, start:stop], final_norm, lm_head)[0].float()
+                losses.append(
+                    cross_entropy(logits, row[start + 1 : stop + 1].to(logits.device), reduction="sum").double()
+                )
+            nll.append(float(torch.stack(losses).sum()))
+    return perplexity(nll, sequences)

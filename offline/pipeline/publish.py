@@ -1,0 +1,72 @@
+"""Puts a finished checkpoint together: shards, bases, config, tokenizer and licence, model card; then renames it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from offline.models.source import ModelSource
+from offline.pack.names import CONFIG_FILE
+from offline.pack.writer import CheckpointWriter
+from resq_vllm.formats.metadata import QuantizationMetadata
+
+# What a server or a reader needs of the source folder besides weights and config.json.
+COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def checkpoint_config(source: ModelSource, metadata: QuantizationMetadata) -> dict[str, object]:
+    """config.json: the model's own, untied (the rotated embedding and lm_head differ), with the quantization_config."""
+    config = dict(source.raw_config)
+    config["tie_word_embeddings"] = False
+    config["quantization_config"] = metadata.model_dump(mode="json")
+    return config
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Files of the source folder that go along, each once, in name order."""
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def publish(
+    output: Path,
+    source: ModelSource,
+    metadata: QuantizationMetadata,
+    top: dict[str, torch.Tensor],
+    layer_tensors: Callable[[int], dict[str, torch.Tensor]],
+    basis: Path,
+    card: str,
+) -> Path:
+    """Write everything to a temporary folder beside ``output`` and rename it.
+
+    top: embedding, final norm and lm_head in the model's dtype; layer_tensors: checkpoint tensors of a layer, asked
+    for one layer at a time; basis: the finished bases file; card: text of README.md. Raises ResQError when the disk is
+    full or ``output`` has appeared meanwhile; nothing is left behind then.
+    """
+    adapter = source.adapter
+    with CheckpointWriter(output) as writer:
+        writer.add({adapter.embedding: top[adapter.embedding]})
+        for index in range(adapter.num_layers):
+            writer.add(layer_tensors(index))
+        writer.add({name: top[name] for name in (adapter.final_norm, adapter.lm_head)})
+        writer.copy(basis)
+        writer.write_json(CONFIG_FILE, checkpoint_config(source, metadata))
+        for path in copied_files(source.folder):
+            writer.copy(path)
+        writer.write_text("README.md", card)
+        return writer.finalise()

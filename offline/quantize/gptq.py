@@ -1,0 +1,141 @@
+"""GPTQ (arXiv 2210.17323) for a weight whose columns are [low | high], each part with its own bits and scales.
+
+Columns are visited left to right, so 4-bit columns push their error into the 8-bit ones, which can absorb it. Scales
+are fixed before the sweep; there is no reordering by activation size (the parts already are that order).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from offline.quantize.weights import code_range, symmetric_scale
+from resq_vllm.errors import ResQError
+from resq_vllm.formats.plan import HIGH, LOW, LinearPlan
+
+logger = logging.getLogger("resq.quantize")
+
+DAMPING = 0.01
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """U of H⁻¹ = UᵀU for the damped Hessian of one input, in the plan's [low | high] order.
+
+    Layers that share an input (q, k, v; gate, up) share this: the factorisation is the expensive part.
+
+    Attributes:
+        upper: float32 [K, K], upper triangular.
+        damping: the share of the mean diagonal that was added (0.01 unless the Hessian was too nearly singular).
+
+    """
+
+    upper: torch.Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class GPTQResult:
+    """Codes int8 [N, K_low] and [N, K_high] and their scales float32 [N]."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    low_scale: torch.Tensor
+    high_scale: torch.Tensor
+
+
+def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING, name: str = "layer") -> HessianFactor:
+    """Damp, invert and factorise a Hessian.
+
+    Args:
+        hessian: float32 or float64 [K, K] in x's column order (:mod:`offline.quantize.hessian`).
+        plan: gives the [low | high] order.
+        damping: added to the diagonal, as a share of its mean.
+        name: the layer, for messages.
+
+    A column that calibration never reached (zero diagonal) gets a diagonal of 1 and no neighbours: it is rounded to
+    nearest. float32 is tried first, then float64, then ten times the damping, up to once the mean diagonal.
+
+    Raises ResQError naming the layer when the Hessian is not finite or never factorises.
+
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ResQError(
+            f"{name}: the calibration Hessian holds NaN or infinite values; check the model's weights, or quantize "
+            "with --method rtn"
+        )
+    order = torch.tensor(plan.part_index(LOW) + plan.part_index(HIGH))
+    ordered = hessian[order][:, order]
+    dead = ordered.diagonal() == 0
+    ordered.diagonal()[dead] = 1
+    mean = float(ordered.diagonal().mean(dtype=torch.float64))
+    for attempt, (dtype, share) in enumerate(_attempts(damping)):
+        damped = ordered.to(dtype, copy=True)
+        damped.diagonal().add_(share * mean)
+        upper = _inverse_factor(damped)
+        if upper is not None:
+            if attempt:
+                logger.warning("%s: the Hessian factorised only as %s with damping %g", name, dtype, share)
+            return HessianFactor(upper.float(), share)
+    raise ResQError(
+        f"{name}: the calibration Hessian is not positive definite even with damping; give more calibration text, or "
+        "quantize with --method rtn"
+    )
+
+
+def _attempts(damping: float) -> list[tuple[torch.dtype, float]]:
+    shares = [damping]
+    while shares[-1] < 1:
+        shares.append(min(1.0, shares[-1] * 10))
+    return [(torch.float32, damping), *((torch.float64, share) for share in shares)]
+
+
+def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    # A factor may "succeed" with a vanishing pivot that a later division turns into infinity.
+    return upper if not int(failed) and bool(torch.isfinite(upper).all()) else None
+
+
+def gptq(
+    weight: torch.Tensor,
+    factor: HessianFactor,
+    low_columns: int,
+    low_bits: int = 4,
+    high_bits: int = 8,
+    clip: bool = True,
+    block: int = BLOCK,
+) -> GPTQResult:
+    """Quantize ``weight`` float32 [N, K], columns in [low | high] order, against its input's factor.
+
+    For column i: q = round(w_i), e = (w_i − s·q)/U_ii, and every later column j loses e·U_ij (GPTQ, algorithm 1).
+    """
+    columns = weight.shape[1]
+    if factor.upper.shape[0] != columns:
+        raise ResQError(f"a Hessian of {factor.upper.shape[0]} columns does not fit a weight of {columns}")
+    low_scale = symmetric_scale(weight[:, :low_columns], low_bits, clip)
+    high_scale = symmetric_scale(weight[:, low_columns:], high_bits, clip)
+    # Transposed, a column of the weight is contiguous: the sweep reads and writes one at a time.
+    rest = weight.T.contiguous().clone()
+    codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
+    whole = factor.upper.to(rest.device)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        upper = whole[start:stop, start:stop]
+        errors = torch.empty(stop - start, weight.shape[0], device=rest.device)
+        for i in range(stop - start):
+            is_low = start + i < low_columns
+            scale = low_scale if is_low else high_scale
+            column = rest[start + i]
+            rounded = (column / scale).round_().clamp_(*code_range(low_bits if is_low else high_bits))
+            codes[start + i] = rounded
+            errors[i] = (column - rounded * scale) / upper[i, i]
+            rest[start + i + 1 : stop].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+        rest[stop:].addmm_(whole[start:stop, stop:].T, errors, alpha=-1)
+    low, high = codes[:low_columns].T.contiguous(), codes[low_columns:].T.contiguous()
+    return GPTQResult(low, high, low_scale, high_scale)
