@@ -5,8 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 import openai
+
+
+class Sampling(TypedDict):
+    """Parameters of a request that decide how tokens are drawn."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+# Greedy text of a small model repeats itself; a fixed seed keeps what is shown the same from run to run.
+SAMPLING: Sampling = {"temperature": 0.7, "top_p": 0.9, "seed": 0}
 
 
 def connect(api_url: str) -> openai.OpenAI:
@@ -21,26 +34,26 @@ def served_name(client: openai.OpenAI) -> str:
 
 
 def complete(client: openai.OpenAI, prompt: str, max_tokens: int) -> str:
-    """Greedy completion of a prompt."""
-    answer = client.completions.create(model=served_name(client), prompt=prompt, max_tokens=max_tokens, temperature=0)
+    """Completion of a prompt."""
+    answer = client.completions.create(model=served_name(client), prompt=prompt, max_tokens=max_tokens, **SAMPLING)
     return answer.choices[0].text
 
 
 def chat(client: openai.OpenAI, message: str, max_tokens: int) -> str:
-    """Greedy answer to one user message."""
+    """Answer to one user message."""
     answer = client.chat.completions.create(
         model=served_name(client),
         messages=[{"role": "user", "content": message}],
         max_tokens=max_tokens,
-        temperature=0,
+        **SAMPLING,
     )
     return answer.choices[0].message.content or ""
 
 
 def stream(client: openai.OpenAI, prompt: str, max_tokens: int) -> Iterator[str]:
-    """Greedy completion, piece by piece as the server sends it."""
+    """Completion, piece by piece as the server sends it."""
     pieces = client.completions.create(
-        model=served_name(client), prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True
+        model=served_name(client), prompt=prompt, max_tokens=max_tokens, stream=True, **SAMPLING
     )
     for piece in pieces:
         if piece.choices and piece.choices[0].text:

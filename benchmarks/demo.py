@@ -28,6 +28,8 @@ from benchmarks.machine import machine, today
 from benchmarks.pairs import interleave
 from benchmarks.server import ServerError, VLLMServer
 from offline.bundled import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_DIR
+from offline.pack.names import BASIS_FILE
+from offline.pipeline.workfolder import WorkFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
@@ -38,7 +40,7 @@ KV_CACHE_BYTES = 64 * 2**20
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
 PROMPTS_AT_ONCE = 8
 TOKENS_EACH = 64
-ROUNDS = 5
+ROUNDS = 7
 QUESTION_TOKENS = 48
 PROMPT_CHARACTERS = 200
 # The bundled model knows Python sources: a chat message is a docstring to it, and its answer the code below.
@@ -68,20 +70,23 @@ EVALUATIONS = (
 )
 
 
-def run_resq(log: Path, *arguments: str) -> None:
-    """Run the `resq` command as a user would; its output goes to `log`.
+def run_resq(*arguments: str, log: Path | None = None) -> None:
+    """Run the `resq` command as a user would, its output going to the terminal or to `log`.
 
     Raises:
-        DemoError: when it fails, with its last line.
+        DemoError: when it fails, with the last line of the log if there is one.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream_to:
-        done = subprocess.run(
-            [RESQ, *arguments], stdout=stream_to, stderr=subprocess.STDOUT, env=vllm_environment(), check=False
-        )
-    if done.returncode != 0:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["(no output)"]
-        raise DemoError(f"`resq {' '.join(arguments)}` failed: {lines[-1]} (whole output in {log}).")
+    with contextlib.ExitStack() as stack:
+        output = None if log is None else stack.enter_context(log.open("w"))
+        done = subprocess.run([RESQ, *arguments], stdout=output, stderr=output, env=vllm_environment(), check=False)
+    if done.returncode == 0:
+        return
+    ended = f"by signal {-done.returncode}" if done.returncode < 0 else f"with status {done.returncode}"
+    command = f"`resq {' '.join(arguments)}` ended {ended}"
+    if log is None:
+        raise DemoError(f"{command}, see its message above.")
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    raise DemoError(f"{command}: {lines[-1]} (whole output in {relative(log)}).")
 
 
 def sources_fingerprint() -> str:
@@ -96,12 +101,14 @@ def quantize(console: Console, cache: ResultCache, key: str) -> float:
     """Quantize the bundled model into demo/checkpoint unless it lies there already; seconds that it took."""
     if not (CHECKPOINT / "config.json").exists() or not cache.valid("quantize", key):
         shutil.rmtree(CHECKPOINT, ignore_errors=True)
+        # Half-done work of an interrupted run: from scratch, so that the seconds below are those of a whole run.
+        WorkFolder.beside(CHECKPOINT).remove()
         cache.forget("quantize")
         console.print(f"quantizing the bundled model: resq quantize {relative(MODEL_DIR)} -o {relative(CHECKPOINT)}")
 
     def work() -> float:
         started = time.perf_counter()
-        run_resq(DEMO / "logs" / "quantize.log", "quantize", str(MODEL_DIR), "-o", str(CHECKPOINT))
+        run_resq("quantize", str(MODEL_DIR), "-o", str(CHECKPOINT))
         return time.perf_counter() - started
 
     seconds: float = cache.get("quantize", key, work)
@@ -116,7 +123,7 @@ def evaluate(console: Console, cache: ResultCache, key: str, wanted: Evaluation)
         answer = DEMO / "logs" / f"{wanted.name}.json"
         answer.unlink(missing_ok=True)
         arguments = ("eval", str(wanted.model), *wanted.flags, "--dataset", "bundled", "--json", str(answer))
-        run_resq(DEMO / "logs" / f"{wanted.name}.log", *arguments)
+        run_resq(*arguments, log=DEMO / "logs" / f"{wanted.name}.log")
         return float(json.loads(answer.read_text())["perplexity"])
 
     perplexity: float = cache.get(f"perplexity {wanted.name}", key, work)
@@ -124,8 +131,8 @@ def evaluate(console: Console, cache: ResultCache, key: str, wanted: Evaluation)
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files that a server loads from a checkpoint folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the safetensors files that a server loads from a checkpoint folder (the saved bases are not served)."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != BASIS_FILE)
 
 
 def questions() -> list[str]:
@@ -141,8 +148,8 @@ def questions() -> list[str]:
     return [passage[:PROMPT_CHARACTERS].rpartition("\n")[0] or passage[:PROMPT_CHARACTERS] for passage in spread]
 
 
-def ask(console: Console, server: VLLMServer, prompt: str) -> dict[str, str]:
-    """A completion, a chat answer and a streamed completion through the OpenAI client, printed as they come."""
+def ask(console: Console, servers: dict[str, VLLMServer], prompt: str) -> dict[str, str]:
+    """A completion from both, then a chat answer and a streamed completion of ours, through the OpenAI client."""
 
     def show(title: str, question: str) -> None:
         console.print(f"[bold]{title}[/] of", highlight=False)
@@ -151,10 +158,14 @@ def ask(console: Console, server: VLLMServer, prompt: str) -> dict[str, str]:
     def generated(text: str, end: str = "\n") -> None:
         console.print(text, end=end, style="green", markup=False, highlight=False, soft_wrap=True)
 
-    with connect(server.api_url) as client:
-        show("completion", prompt)
-        completion = complete(client, prompt, QUESTION_TOKENS)
-        generated(completion)
+    show("completion", prompt)
+    completions = {}
+    for name, server in servers.items():
+        with connect(server.api_url) as client:
+            completions[name] = complete(client, prompt, QUESTION_TOKENS)
+        console.print(f"[bold]by {name}:[/]")
+        generated(completions[name])
+    with connect(servers["resq"].api_url) as client:
         show("chat answer", CHAT_MESSAGE)
         answer = chat(client, CHAT_MESSAGE, QUESTION_TOKENS)
         generated(answer)
@@ -164,7 +175,12 @@ def ask(console: Console, server: VLLMServer, prompt: str) -> dict[str, str]:
             pieces.append(piece)
             generated(piece, end="")
         console.print()
-    return {"prompt": prompt, "completion": completion, "chat": answer, "streamed": "".join(pieces)}
+    return {
+        "prompt": prompt,
+        **{f"completion_{name}": text for name, text in completions.items()},
+        "chat": answer,
+        "streamed": "".join(pieces),
+    }
 
 
 def serve_and_measure(console: Console) -> tuple[dict[str, int], dict[str, Any], dict[str, str]]:
@@ -177,7 +193,7 @@ def serve_and_measure(console: Console) -> tuple[dict[str, int], dict[str, Any],
             log = DEMO / "logs" / f"serve-{name}.log"
             servers[name] = stack.enter_context(VLLMServer(model, *FLAGS, log=log))
         kv_tokens = {name: server.kv_tokens() for name, server in servers.items()}
-        texts = ask(console, servers["resq"], prompts[0])
+        texts = ask(console, servers, prompts[0])
         console.print(f"measuring: {ROUNDS} rounds in turn, {PROMPTS_AT_ONCE} requests of {TOKENS_EACH} tokens at once")
         contenders = {}
         for name, server in servers.items():
@@ -204,7 +220,7 @@ def run(console: Console) -> DemoResults:
     started = time.perf_counter()
     facts = machine()
     console.print(f"[bold]resq-vllm demo[/] on {facts.sentence()}", highlight=False)
-    DEMO.mkdir(exist_ok=True)
+    (DEMO / "logs").mkdir(parents=True, exist_ok=True)
     cache = ResultCache(DEMO / "cache.json")
     key = sources_fingerprint()
     quantize_seconds = quantize(console, cache, key)
@@ -237,7 +253,10 @@ def main() -> int:
         print(f"make demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("make demo: interrupted; the servers are stopped, and the next run goes on from here.", file=sys.stderr)
+        print(
+            "make demo: interrupted; the servers are stopped, and finished steps are kept for the next run.",
+            file=sys.stderr,
+        )
         return 130
     print_report(console, results)
     console.print(

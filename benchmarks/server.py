@@ -77,7 +77,7 @@ class VLLMServer:
         *flags: str,
         log: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
-        timeout: float = 300.0,
+        timeout: float = 600.0,
         command: Sequence[str] = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
     ) -> None:
         self.model = os.fspath(model)

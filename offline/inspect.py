@@ -101,8 +101,8 @@ class CheckpointReport:
             out.print(f"left in 16 bits: {', '.join(self.ignored)}")
 
     def _site_table(self) -> Table:
-        table = Table(title="linear layers", box=SIMPLE, padding=(0, 1, 0, 0))
-        for heading in ("site", "input columns", "activations"):
+        table = Table(title="linear layers", box=SIMPLE, padding=0, pad_edge=False)
+        for heading in ("site", "inputs×bits", "activation bits"):
             table.add_column(heading, no_wrap=True)
         for heading in ("low", "high", "scales", "bits"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -110,7 +110,7 @@ class CheckpointReport:
             parts = ((s.low_columns, s.weight_low_bits), (s.high_columns, s.weight_high_bits))
             table.add_row(
                 s.site,
-                " + ".join(f"{columns}×{bits}" for columns, bits in parts if columns) + " bit",
+                " + ".join(f"{columns}×{bits}" for columns, bits in parts if columns),
                 f"{s.activations} ({s.hadamard_groups})" if s.hadamard_groups else s.activations,
                 _size(s.low_bytes),
                 _size(s.high_bytes),
@@ -131,7 +131,7 @@ class CheckpointReport:
         table.add_row("key rotations", _size(self.rotation_bytes))
         table.add_row("norms, biases, layers in 16 bits", _size(self.other_bytes))
         table.add_row("[bold]total[/bold]", f"[bold]{_size(self.total_bytes)}[/bold]")
-        table.add_row("average bits of a packed weight, scales included", f"{self.average_bits:.3f}")
+        table.add_row("bits a packed weight, scales included", f"{self.average_bits:.3f}")
         table.add_row("KV cache", _kv_summary(self.kv_bits, self.kv_high, self.head_dim))
         ratio = self.kv_bytes_per_token_bf16 / self.kv_bytes_per_token
         table.add_row("KV bytes a token", f"{self.kv_bytes_per_token:,}")
@@ -216,7 +216,7 @@ def _site(checkpoint: ResQCheckpoint, name: str, sizes: dict[str, int]) -> SiteR
         high_columns=site.high,
         weight_low_bits=site.weight_low_bits,
         weight_high_bits=site.weight_high_bits,
-        activations=f"{'+'.join(str(bits) for bits in act_bits)} bit per {site.scales}",
+        activations=f"{'+'.join(str(bits) for bits in act_bits)} per {site.scales}",
         hadamard_groups=site.hadamard_groups,
         low_bytes=add_up(["weight_low"]),
         high_bytes=add_up(["weight_high"]),

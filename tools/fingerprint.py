@@ -53,7 +53,8 @@ def environment_fingerprint(root: Path, variant: str) -> str:
     """Fingerprint of the installed packages: the pinned inputs under `root`, the interpreter, "cpu" or "cuda"."""
     parts = [(name, (root / name).read_bytes()) for name in ENVIRONMENT_FILES]
     parts.append(("pyproject", _project_tables(root / "pyproject.toml")))
-    interpreter = f"{sys.implementation.name} {platform.python_version()} {platform.machine()}"
+    # Not the patch release: the environment keeps the interpreter that it was made with.
+    interpreter = f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]} {platform.machine()}"
     parts += [("interpreter", interpreter.encode()), ("variant", variant.encode())]
     return digest(parts)
 

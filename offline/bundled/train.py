@@ -34,6 +34,9 @@ CONTEXT = 1024
 BATCH_TOKENS = 2048
 PEAK_LR = 3e-3
 WARMUP_STEPS = 200
+# Standard deviation of log(s) in spread_gains. On a model of 6 M tokens, W4A4 round-to-nearest raised the perplexity
+# 1.1 times without it, 1.3 times with 0.5 and 4.2 times with 0.75.
+GAIN_SPREAD = 0.7
 REPORTS = 8
 LICENSE_NOTE = """\
 The weights and the tokenizer in this folder were trained for this repository, from scratch, on the source and
@@ -63,6 +66,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    gains_spread: bool = False
 
     def fraction(self, token_budget: int, second_budget: float) -> float:
         """Share of the schedule done: 1 where either budget is spent."""
@@ -86,6 +90,30 @@ def model_config() -> LlamaConfig:
         eos_token_id=1,
         pad_token_id=3,
     )
+
+
+@torch.no_grad()
+def spread_gains(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """Scale every gain of the layer norms by a log-normal s, and the columns that read it by 1/s: the same function.
+
+    Models of billions of parameters and tokens have input channels 10-20 times larger than the median, which is what
+    makes 4-bit activations hard. A model this small and this briefly trained has none (at most 3 times) and would be
+    untypically easy to quantize. Training goes on from here with Adam's moments scaled to match.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scale = torch.exp(GAIN_SPREAD * torch.randn(norm.weight.shape, generator=generator))
+            for parameter, factor in ((norm.weight, scale), *((reader.weight, 1 / scale) for reader in readers)):
+                parameter.mul_(factor)
+                state = optimizer.state[parameter]
+                # A parameter w·f has the gradient g/f.
+                state["exp_avg"].div_(factor)
+                state["exp_avg_sq"].div_(factor.square())
 
 
 def learning_rate(progress: Progress, fraction: float, peak: float) -> float:
@@ -193,6 +221,9 @@ def run(work: Path, destination: Path, token_budget: int, second_budget: float, 
     while (fraction := progress.fraction(token_budget, second_budget)) < 1.0:
         began = time.monotonic()
         stage = next(stage for stage in STAGES if fraction < stage.until)
+        if stage is STAGES[-1] and not progress.gains_spread:
+            spread_gains(model, optimizer)
+            progress.gains_spread = True
         if rows is None or stage.window != window:
             window = stage.window
             rows = batches(stream, window, tokenizer.bos_token_id, seed=progress.step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from offline.texts import hub_text, read_json_lines, read_text
 from resq_vllm.errors import ResQError
 
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "calibration.txt"
-HUB_ALIASES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
 def load_sequences(
@@ -46,7 +45,7 @@ def load_sequences(
         raise ResQError(f"seqlen is {seqlen}; calibration sequences need at least 2 tokens")
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     if dataset.endswith(".jsonl"):
-        sequences = _separate(_read_jsonl(Path(dataset), nsamples), tokenizer, bos, seqlen)
+        sequences = _separate(_first_texts(Path(dataset), nsamples), tokenizer, bos, seqlen)
     else:
         text = _running_text(dataset)
         sequences = _windows(_encode(tokenizer, text), bos, nsamples, seqlen, seed) if text.strip() else []
@@ -97,59 +96,15 @@ def _separate(texts: list[str], tokenizer: PreTrainedTokenizerBase, bos: list[in
     return [_sequence((bos + ids)[:seqlen]) for ids in encoded if ids]
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ResQError(f"{path}: no such file; give a .txt or .jsonl file, 'bundled', or a hub dataset owner/name")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ResQError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
-
-
-def _read_jsonl(path: Path, nsamples: int) -> list[str]:
-    texts: list[str] = []
-    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ResQError(f'{path}:{number}: not JSON ({error.msg}); write one {{"text": ...}} a line') from error
-        text = entry.get("text") if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise ResQError(f'{path}:{number}: no string field "text"; write one {{"text": ...}} a line')
-        if text.strip() and len(texts) < nsamples:
-            texts.append(text)
-    return texts
+def _first_texts(path: Path, nsamples: int) -> list[str]:
+    return [text for text in read_json_lines(path) if text.strip()][:nsamples]
 
 
 def _running_text(dataset: str) -> str:
     if dataset == "bundled":
-        return _read_text(BUNDLED)
+        return read_text(BUNDLED)
     if dataset.endswith(".txt"):
-        return _read_text(Path(dataset))
+        return read_text(Path(dataset))
     if Path(dataset).exists():
         raise ResQError(f"{dataset}: unknown kind of calibration file; give a .txt or .jsonl file")
-    return _hub_text(dataset)
-
-
-def _hub_text(dataset: str) -> str:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ResQError(
-            f"{dataset}: reading a hub dataset needs the package datasets; pip install datasets, or give a text file"
-        ) from error
-    name, _, config = HUB_ALIASES.get(dataset, dataset).partition(":")
-    try:
-        rows = load_dataset(name, config or None, split="train")
-    except Exception as error:  # the hub, its HTTP library and the dataset's builder share no base class
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ResQError(
-            f"{dataset}: the dataset cannot be loaded ({type(error).__name__}: {reason}); "
-            "check the name and the network, or give a .txt or .jsonl file"
-        ) from error
-    if "text" not in rows.column_names:
-        raise ResQError(f'{dataset}: has no column "text"; write its text to a .txt or .jsonl file and give that')
-    return "\n\n".join(rows["text"])
+    return hub_text(dataset, "train")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from offline.evaluate.fake_quant import FakeQuantCache, FakeQuantLinear, attach_cache, register_attention
-from offline.pack.expected import UNPACKED_KV_BITS
+from offline.pack.expected import TRANSFORMERS_ERRORS, UNPACKED_KV_BITS, reason
 from offline.pack.reader import ResQCheckpoint, is_resq_checkpoint
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
@@ -39,8 +39,8 @@ def load_plain_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any
     """An unquantized model folder as transformers loads it, in ``dtype``."""
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ResQError(f"transformers cannot load {directory} ({error}); give a model folder") from error
+    except TRANSFORMERS_ERRORS as error:
+        raise ResQError(f"transformers cannot load {directory} ({reason(error)}); give a model folder") from error
 
 
 def resq_model(checkpoint: ResQCheckpoint, dtype: torch.dtype = torch.float32) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from offline.evaluate.dataset import Dataset, Protocol
+from offline.pack.expected import TRANSFORMERS_ERRORS, reason
 from resq_vllm.errors import ResQError
 
 DEFAULT_SEQLEN = 2048
@@ -42,9 +43,9 @@ def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer. Raises ResQError when the folder holds none."""
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise ResQError(
-            f"cannot load a tokenizer from {directory} ({error}); copy the model's tokenizer files there"
+            f"cannot load a tokenizer from {directory} ({reason(error)}); copy the model's tokenizer files there"
         ) from error
 
 
@@ -52,8 +53,8 @@ def context_length(directory: Path) -> int:
     """``max_position_embeddings`` of config.json; 2048 where the config has none."""
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResQError(f"cannot read config.json in {directory} ({error}); give a model folder") from error
+    except TRANSFORMERS_ERRORS as error:
+        raise ResQError(f"cannot read config.json in {directory} ({reason(error)}); give a model folder") from error
     return int(getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
 
 

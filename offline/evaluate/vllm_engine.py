@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from offline.evaluate.sequences import Sequences, context_length
 from resq_vllm.errors import ResQError
 
 _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+# By default vLLM wants 92 % of a CPU machine's memory, and does not start when other processes hold the rest.
+_CPU_KV_CACHE_BYTES = 2**30
 
 
 def thread_binding(cores: list[int], ranks: int) -> str:
@@ -43,7 +46,7 @@ def vllm_nll(
         sequences: token ids.
         tensor_parallel: ranks.
         enforce_eager: no compilation (a short evaluation spends more time compiling than it saves).
-        kv_cache_bytes: size of the KV cache per rank; None = vLLM's default.
+        kv_cache_bytes: size of the KV cache per rank; None = 1 GiB on a CPU, vLLM's default elsewhere.
         progress: show vLLM's progress bar.
 
     Raises ResQError when vLLM is not installed.
@@ -62,6 +65,8 @@ def vllm_nll(
         raise ResQError(
             f"the vllm engine cannot be imported ({error}); install vLLM or use the torch engine"
         ) from error
+    if cpu and kv_cache_bytes is None:
+        kv_cache_bytes = _CPU_KV_CACHE_BYTES
     options: dict[str, Any] = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
     llm = LLM(
         model=str(directory),
@@ -75,14 +80,14 @@ def vllm_nll(
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     prompts = [{"prompt_token_ids": list(ids)} for ids in sequences.ids]
     outputs = llm.generate(prompts, sampling, use_tqdm=progress)
-    nll = [_nll(output.prompt_logprobs, ids) for output, ids in zip(outputs, sequences.ids, strict=True)]
+    nll = [prompt_nll(output.prompt_logprobs, ids) for output, ids in zip(outputs, sequences.ids, strict=True)]
     # The engine's processes and its cache's memory go with the object.
     del llm
     gc.collect()
     return nll
 
 
-def _nll(logprobs: list[dict[int, Any] | None], ids: tuple[int, ...]) -> float:
+def prompt_nll(logprobs: Sequence[Mapping[int, Any] | None], ids: tuple[int, ...]) -> float:
     """−Σ log p(token) over a prompt; vLLM's first entry is None, since nothing predicts the first token."""
     total = 0.0
     for entry, token in zip(logprobs[1:], ids[1:], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -14,6 +15,13 @@ from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite, QuantizationMetadata
 
 UNPACKED_KV_BITS = 16
+# What transformers raises for files that it cannot make a model of: its readers share no error class.
+TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
+
+
+def reason(error: Exception) -> str:
+    """An exception's text on one line, for the sentence of a ResQError."""
+    return " ".join(str(error).split())[:300]
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -29,10 +37,10 @@ def meta_model(config: PreTrainedConfig, source: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(plain_config(config))
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise ResQError(
-            f"{source}: transformers cannot build a {config.model_type!r} causal language model from it ({error}); "
-            "check the file, or install a transformers release that knows it"
+            f"{source}: transformers cannot build a {config.model_type!r} causal language model from it "
+            f"({reason(error)}); check the file, or install a transformers release that knows it"
         ) from error
 
 

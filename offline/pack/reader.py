@@ -13,7 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from offline.pack.expected import attention_names, expected_tensors, meta_model, plain_config, quantized_linears
+from offline.pack.expected import (
+    TRANSFORMERS_ERRORS,
+    attention_names,
+    expected_tensors,
+    meta_model,
+    plain_config,
+    quantized_linears,
+    reason,
+)
 from offline.pack.names import BASIS_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, key_rotation_name
 from offline.pack.tensors import TensorSpec, linear_from_tensors
 from offline.quantize.mixed import QuantizedLinear
@@ -87,8 +95,10 @@ class ResQCheckpoint:
         """The architecture's transformers config, without quantization_config."""
         try:
             return plain_config(AutoConfig.from_pretrained(self.directory))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ResQError(f"{self.config_path}: transformers cannot read it ({error}); check the file") from error
+        except TRANSFORMERS_ERRORS as error:
+            raise ResQError(
+                f"{self.config_path}: transformers cannot read it ({reason(error)}); check the file"
+            ) from error
 
     @cached_property
     def model(self) -> nn.Module:

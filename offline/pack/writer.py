@@ -75,12 +75,12 @@ class CheckpointWriter:
             if self._pending and self._pending_bytes + tensor.nbytes > self._limit:
                 self._flush()
             self._names.add(name)
-            self._pending[name] = _own_storage(tensor)
+            self._pending[name] = tensor
             self._pending_bytes += tensor.nbytes
 
     def write_tensors(self, filename: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
         """Write a separate safetensors file that is not part of the model (the bases), kept out of the index."""
-        self._save({name: _own_storage(tensor) for name, tensor in tensors.items()}, filename, metadata)
+        self._save(tensors, filename, metadata)
 
     def write_text(self, filename: str, text: str) -> None:
         """Write a UTF-8 text file."""
@@ -111,10 +111,11 @@ class CheckpointWriter:
         _usual_permissions(self.partial)
         try:
             check_free(self.directory)
-            os.rename(self.partial, self.directory)
-        except (OSError, ResQError):
+        except ResQError:
             self.abort()
             raise
+        with self._disk_errors():
+            os.rename(self.partial, self.directory)
         return self.directory
 
     def _flush(self) -> None:
@@ -125,9 +126,9 @@ class CheckpointWriter:
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
-    def _save(self, tensors: dict[str, torch.Tensor], filename: str, metadata: dict[str, str]) -> None:
+    def _save(self, tensors: Mapping[str, torch.Tensor], filename: str, metadata: dict[str, str]) -> None:
         with self._disk_errors():
-            save_file(tensors, self.partial / filename, metadata=metadata)
+            save_file(_apart(tensors), self.partial / filename, metadata=metadata)
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -156,10 +157,18 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without the rest of a larger storage that it may be a view of (safetensors refuses shared memory)."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor in storage of its own: safetensors refuses views of a larger one and tensors that share (tied)."""
+    seen: set[int] = set()
+    result: dict[str, torch.Tensor] = {}
+    for name, given in tensors.items():
+        tensor = given.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
 
 
 def is_disk_full(error: Exception) -> bool:

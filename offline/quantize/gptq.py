@@ -65,7 +65,7 @@ def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING,
     if not bool(torch.isfinite(hessian).all()):
         raise ResQError(
             f"{name}: the calibration Hessian holds NaN or infinite values; check the model's weights, or quantize "
-            "with --method rtn"
+            "with --rtn"
         )
     order = torch.tensor(plan.part_index(LOW) + plan.part_index(HIGH))
     ordered = hessian[order][:, order]
@@ -82,14 +82,14 @@ def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING,
             return HessianFactor(upper.float(), share)
     raise ResQError(
         f"{name}: the calibration Hessian is not positive definite even with damping; give more calibration text, or "
-        "quantize with --method rtn"
+        "quantize with --rtn"
     )
 
 
 def _attempts(damping: float) -> list[tuple[torch.dtype, float]]:
     shares = [damping]
     while shares[-1] < 1:
-        shares.append(min(1.0, shares[-1] * 10))
+        shares.append(min(1.0, max(DAMPING, shares[-1] * 10)))
     return [(torch.float32, damping), *((torch.float64, share) for share in shares)]
 
 

@@ -10,7 +10,15 @@ from resq_vllm.formats.kv_layout import KVLayout
 
 @pytest.mark.parametrize(
     ("head_dim", "high", "low_bits", "size"),
-    [(64, 8, 4, 84), (128, 16, 4, 156), (32, 4, 4, 52), (96, 12, 4, 124), (80, 10, 4, 108), (64, 0, 4, 70), (64, 8, 8, 140)],
+    [
+        (64, 8, 4, 84),
+        (128, 16, 4, 156),
+        (32, 4, 4, 52),
+        (96, 12, 4, 124),
+        (80, 10, 4, 108),
+        (64, 0, 4, 70),
+        (64, 8, 8, 140),
+    ],
 )
 def test_bytes_per_token(head_dim: int, high: int, low_bits: int, size: int) -> None:
     layout = KVLayout(head_dim, high, low_bits)

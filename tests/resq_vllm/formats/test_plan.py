@@ -59,7 +59,9 @@ def test_no_high_part_leaves_one_group() -> None:
 
 def test_blocks_that_do_not_divide_by_the_ranks_are_refused() -> None:
     three = LinearSite(low=768, high=0, scales="block", hadamard_groups=4)
-    with pytest.raises(ResQError, match=r"hadamard_groups = 4 does not divide by the tensor-parallel degree 8.*--max-tp 8"):
+    with pytest.raises(
+        ResQError, match=r"hadamard_groups = 4 does not divide by the tensor-parallel degree 8.*--max-tp 8"
+    ):
         linear_plan(three, 96, 64)
 
 

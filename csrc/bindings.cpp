@@ -1,0 +1,53 @@
+// Schemas, dispatch and the Python module. Only the stable ABI of torch >= 2.10 and the limited API of Python are used,
+// so that one build serves later versions of both.
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace resq {
+
+static std::string isa() { return kernels().name; }
+
+}  // namespace resq
+
+STABLE_TORCH_LIBRARY(resq, m) {
+  m.def(
+      "linear(Tensor x, Tensor packed, Tensor scales, Tensor wsum, Tensor? bias, int n, int[] segments, "
+      "int[] group_bits, int hadamard_groups, Tensor? hadamard_k) -> Tensor");
+  m.def("pack_weight(Tensor? low, Tensor? high, int low_bits, int n, int[] segments) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_activation(Tensor x, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("hadamard(Tensor x, int groups, Tensor? hadamard_k) -> Tensor");
+  m.def(
+      "kv_write(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? rotation, int high, "
+      "int low_bits) -> ()");
+  m.def(
+      "attention(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, Tensor? rotation, float scale, int high, int low_bits, int sliding_window) -> ()");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
+  m.impl("linear", TORCH_BOX(&resq::linear));
+  m.impl("pack_weight", TORCH_BOX(&resq::pack_weight));
+  m.impl("quantize_activation", TORCH_BOX(&resq::quantize_activation));
+  m.impl("hadamard", TORCH_BOX(&resq::hadamard));
+  m.impl("kv_write", TORCH_BOX(&resq::kv_write));
+  m.impl("attention", TORCH_BOX(&resq::attention));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&resq::isa));
+  m.impl("set_isa", TORCH_BOX(&resq::set_isa));
+}
+
+// Importing resq_vllm._C loads the library, and loading it registers the ops: the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

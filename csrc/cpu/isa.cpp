@@ -1,0 +1,75 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace resq {
+namespace {
+
+struct Candidate {
+  const char* name;
+  const Kernels* kernels;  // null: this machine lacks it
+};
+
+constexpr int kCandidates = 3;
+
+// Best first; every known name is listed on every machine, so that a typo and a missing feature read differently.
+const Candidate* candidates() {
+  static const Candidate list[kCandidates] = {
+#if defined(__x86_64__)
+      {"avx512_vnni", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2")
+                          ? &kAvx512Kernels
+                          : nullptr},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                       __builtin_cpu_supports("bmi2")
+                   ? &kAvx2Kernels
+                   : nullptr},
+#else
+      {"avx512_vnni", nullptr},
+      {"avx2", nullptr},
+#endif
+      {"portable", &kPortableKernels},
+  };
+  return list;
+}
+
+const Kernels* find(const std::string& name, const char* source) {
+  std::string available;
+  for (int i = 0; i < kCandidates; ++i) {
+    const Candidate& c = candidates()[i];
+    if (!c.kernels) continue;
+    if (name.empty() || name == c.name) return c.kernels;
+    available += (available.empty() ? "" : ", ") + std::string(c.name);
+  }
+  for (int i = 0; i < kCandidates; ++i)
+    if (name == candidates()[i].name)
+      throw std::runtime_error(std::string(source) + " is " + name + ", which this machine cannot run: choose one of " +
+                               available);
+  throw std::runtime_error(std::string(source) + " is " + name + ", which is no known instruction set: choose one of " +
+                           available);
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* current = chosen.load(std::memory_order_acquire);
+  if (!current) {
+    const char* forced = std::getenv("RESQ_ISA");
+    current = find(forced ? forced : "", "the environment variable RESQ_ISA");
+    chosen.store(current, std::memory_order_release);
+  }
+  return *current;
+}
+
+std::string set_isa(const std::string& name) {
+  const Kernels* next = find(name, "the instruction set");
+  chosen.store(next, std::memory_order_release);
+  return next->name;
+}
+
+}  // namespace resq

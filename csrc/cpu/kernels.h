@@ -1,0 +1,176 @@
+// The interface between the torch-facing code and the compute kernels: plain structs, one function table per ISA.
+//
+// The kernels are compiled once per instruction set. They see no torch headers and no std containers, so no template
+// compiled for a newer instruction set can be merged by the linker into code that runs on an older machine.
+#pragma once
+
+#include <cstdint>
+
+namespace resq {
+
+enum class DType : int32_t { f32, f16, bf16 };
+
+constexpr int64_t kSuperblock = 64;  // output columns of a weight superblock
+constexpr int64_t kTokenTile = 16;   // tokens of a tile of a KV page
+constexpr int64_t kMaxHeadDim = 512;
+
+// A stretch of x's columns with one activation group, and its place in the padded, run-ordered activation row.
+struct SegmentPlace {
+  int64_t column, columns;  // in x
+  int64_t at;               // first byte in the padded row
+  int64_t pad;              // zero bytes after it (only the last segment of a run has any)
+  int32_t group, run;
+};
+
+// One exact int32 accumulation: a part's columns that share an activation group.
+struct RunPlace {
+  int32_t part, group;
+  bool nibbles;          // 4-bit weights (otherwise 8-bit)
+  int64_t length;        // real columns
+  int64_t padded;        // columns with padding: a multiple of 8
+  int64_t start;         // first column in the part
+  int64_t activation_at; // first byte in the padded activation row
+  int64_t weight_at;     // first byte in a superblock
+};
+
+struct PlanView {
+  const SegmentPlace* segments;
+  const RunPlace* runs;
+  const int32_t* group_bits;
+  // Columns that can be transformed and quantized on their own: one block per Hadamard block where the activation
+  // groups allow it, otherwise a single one. Prefix arrays of length blocks + 1.
+  const int32_t* block_segments;
+  const int32_t* block_groups;
+  const int32_t* group_list;  // group numbers, block by block
+  int64_t n_runs, n_groups, blocks;
+  int64_t columns, padded_columns, superblock_bytes;
+};
+
+struct HadamardArgs {
+  int64_t groups;      // blocks of a row, 0 = no transform
+  int64_t k;           // order of the dense factor, 1 = none
+  const float* dense;  // H_k [k, k]
+};
+
+struct QuantizeArgs {
+  const void* x;
+  DType dtype;
+  int64_t row_stride;
+  PlanView plan;
+  HadamardArgs hadamard;
+  bool column_order;  // codes are uint8 in x's column order (otherwise the GEMM's padded int8 operand)
+  void* codes;
+  int64_t code_stride;
+  float* scale;   // [rows, groups]
+  int32_t* zero;  // [rows, groups]
+  int32_t* sums;  // [rows, runs]: sums of the int8 operand (unused in column order)
+};
+
+struct LinearArgs {
+  PlanView plan;
+  const uint8_t* packed;
+  const float* weight_scale;  // [2, n]
+  const int32_t* weight_sum;  // [runs, n]
+  const void* bias;           // [n] or null
+  DType bias_dtype;
+  int64_t n;
+  const int8_t* codes;
+  int64_t code_stride;
+  const float* scale;
+  const int32_t* zero;
+  const int32_t* sums;
+  void* out;
+  DType out_dtype;
+  int64_t out_stride;
+};
+
+struct HadamardRowsArgs {
+  const void* x;
+  void* out;
+  DType dtype;
+  int64_t columns, x_stride, out_stride;
+  HadamardArgs hadamard;
+};
+
+// The packed KV page (resq_vllm/formats/kv_layout.py): plane offsets in bytes.
+struct PageLayout {
+  int64_t head_dim, low, high, low_padded, high_padded, low_bits, parts;
+  int64_t tokens;  // of a page
+  int64_t key_low, key_high, value_low, value_high, scales, zeros, bytes;
+};
+
+struct KVWriteArgs {
+  PageLayout page;
+  const void *key, *value;
+  DType dtype;
+  int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+  uint8_t* cache;
+  int64_t block_stride, head_stride;
+  const int64_t* slots;
+  const float* rotation;  // [head_dim, head_dim] or null
+  int64_t heads;
+};
+
+struct AttentionArgs {
+  PageLayout page;
+  const void* query;
+  void* out;
+  DType query_dtype, out_dtype;
+  int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
+  const uint8_t* cache;
+  int64_t block_stride, head_stride;
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  const float* rotation;  // [head_dim, head_dim] or null
+  float scale;
+  int64_t group;   // query heads of a kv head
+  int64_t window;  // tokens visible to a query, its own included; -1 = all
+};
+
+// Queries [query_begin, query_end) of one sequence and kv head against keys [key_begin, key_end).
+struct AttentionTask {
+  int64_t sequence, kv_head;
+  int64_t query_row;    // row of the first query token in `query` and `out`
+  int64_t queries;      // query tokens
+  int64_t position;     // position of the first query token in its sequence
+  int64_t key_begin, key_end;
+  // A share of a split context writes its unnormalised sum [rows, width], maximum and denominator here; null = whole.
+  float *partial_sum, *partial_max, *partial_denominator;
+};
+
+// The shares of one task's context, to be merged into `out`.
+struct AttentionMerge {
+  const AttentionTask* shares;
+  int64_t count;
+};
+
+struct Kernels {
+  const char* name;
+  // Units [begin, end) of rows x plan.blocks.
+  void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end);
+  // One superblock of output columns for rows [begin, end).
+  void (*linear)(const LinearArgs&, int64_t superblock, int64_t begin, int64_t end);
+  void (*hadamard)(const HadamardRowsArgs&, int64_t begin, int64_t end);
+  // Tokens [begin, end).
+  void (*kv_write)(const KVWriteArgs&, int64_t begin, int64_t end);
+  void (*attention)(const AttentionArgs&, const AttentionTask&);
+  void (*attention_merge)(const AttentionArgs&, const AttentionMerge&);
+};
+
+// Floats per row of a partial sum: the padded head, rounded up to the widest vector.
+inline int64_t attention_width(const PageLayout& page) {
+  return (page.low_padded + page.high_padded + 15) / 16 * 16;
+}
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// A buffer of at least `bytes`, aligned to 64, that belongs to the calling thread and lives until it ends or asks for
+// more from the same slot. Each slot has one user, so nested calls never share one.
+enum class Slot : int { activation_row, hadamard, group_range, inline_codes, panel_codes, kv_rows, attention, count };
+void* thread_scratch(Slot slot, int64_t bytes);
+
+}  // namespace resq

@@ -1,0 +1,27 @@
+// The kernels for AVX-512 with VNNI. The pragma comes after the standard headers, so that their inline functions keep
+// the baseline instruction set, and before <immintrin.h>, whose intrinsics need the wider one.
+#if defined(__x86_64__)
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                        \
+    __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#endif
+#include <immintrin.h>
+#define RESQ_TU_AVX512
+#include "simd/table.h"
+
+namespace resq {
+constexpr Kernels kAvx512Table = make_kernels("avx512_vnni");
+const Kernels kAvx512Kernels = kAvx512Table;
+}  // namespace resq
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,11 @@
+// The kernels for any machine: the compiler's baseline instruction set, 128-bit vectors.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "simd/table.h"
+
+namespace resq {
+constexpr Kernels kPortableTable = make_kernels("portable");
+const Kernels kPortableKernels = kPortableTable;
+}  // namespace resq

@@ -1,0 +1,171 @@
+// torch.ops.resq.kv_write and attention: checks, then the kernels.
+#include <torch/csrc/stable/ops.h>
+
+#include "../ops.h"
+#include "attention_tasks.h"
+#include "isa.h"
+#include "tensors.h"
+
+namespace resq {
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// resq_vllm/formats/kv_layout.py in C++.
+PageLayout page_layout(int64_t head_dim, int64_t high, int64_t low_bits, int64_t tokens) {
+  check(low_bits == 4 || low_bits == 8, "low_bits must be 4 or 8, not " + std::to_string(low_bits));
+  check(head_dim > 0 && head_dim <= kMaxHeadDim,
+        "head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " + std::to_string(head_dim));
+  check(high >= 0 && high < head_dim,
+        std::to_string(high) + " high-precision dims do not fit a head of " + std::to_string(head_dim) + " dims");
+  check(tokens > 0 && tokens % kTokenTile == 0,
+        "the packed KV cache needs a block size that is a multiple of 16, not " + std::to_string(tokens));
+  PageLayout p{};
+  p.head_dim = head_dim;
+  p.high = high;
+  p.low = head_dim - high;
+  p.low_padded = round_up(p.low, 8);
+  p.high_padded = round_up(high, 4);
+  p.low_bits = low_bits;
+  p.parts = high ? 2 : 1;
+  p.tokens = tokens;
+  const int64_t low_bytes = tokens * p.low_padded * low_bits / 8, high_bytes = tokens * p.high_padded;
+  p.key_low = 0;
+  p.key_high = low_bytes;
+  p.value_low = p.key_high + high_bytes;
+  p.value_high = p.value_low + low_bytes;
+  p.scales = p.value_high + high_bytes;
+  p.zeros = p.scales + 4 * p.parts * tokens;
+  p.bytes = p.zeros + 2 * p.parts * tokens;
+  return p;
+}
+
+// The layout of the cache's pages; kv_cache uint8 [blocks, heads, N, C] with contiguous pages.
+PageLayout check_cache(const Tensor& kv_cache, int64_t head_dim, int64_t high, int64_t low_bits) {
+  check_dtype(kv_cache, ScalarType::Byte, "kv_cache", "uint8");
+  check(kv_cache.dim() == 4, "kv_cache must have shape [blocks, heads, N, C], not " + shape_of(kv_cache));
+  const PageLayout p = page_layout(head_dim, high, low_bits, kv_cache.size(2));
+  check(kv_cache.size(3) * p.tokens == p.bytes,
+        "kv_cache has " + std::to_string(kv_cache.size(3)) + " bytes a token and head, but head_dim " +
+            std::to_string(head_dim) + " with " + std::to_string(high) + " high dims and " + std::to_string(low_bits) +
+            "-bit low dims needs " + std::to_string(p.bytes / p.tokens));
+  check(kv_cache.stride(3) == 1 && kv_cache.stride(2) == kv_cache.size(3),
+        "kv_cache must have contiguous pages (the last two dims of each block and head)");
+  return p;
+}
+
+const float* rotation_data(const std::optional<Tensor>& rotation, int64_t head_dim) {
+  if (!rotation) return nullptr;
+  check_dtype(*rotation, ScalarType::Float, "rotation", "float32");
+  check_shape(*rotation, {head_dim, head_dim}, "rotation");
+  check_contiguous(*rotation, "rotation");
+  return static_cast<const float*>(rotation->const_data_ptr());
+}
+
+void check_heads(const Tensor& t, const char* name) {
+  check(t.dim() == 3 && (t.size(2) == 1 || t.stride(2) == 1),
+        std::string(name) + " must have shape [tokens, heads, head_dim] with contiguous heads");
+}
+
+}  // namespace
+
+void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
+              const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
+  check_heads(key, "key");
+  check_heads(value, "value");
+  KVWriteArgs args{};
+  args.page = check_cache(kv_cache, key.size(2), high, low_bits);
+  args.dtype = float_dtype(key, "key");
+  check(value.scalar_type() == key.scalar_type(), "value must have key's dtype");
+  check_shape(key, {key.size(0), kv_cache.size(1), key.size(2)}, "key");
+  check_shape(value, {key.size(0), key.size(1), key.size(2)}, "value");
+  check_dtype(slot_mapping, ScalarType::Long, "slot_mapping", "int64");
+  check(slot_mapping.dim() == 1 && slot_mapping.size(0) <= key.size(0),
+        "slot_mapping must be one-dimensional and no longer than key");
+  check_contiguous(slot_mapping, "slot_mapping");
+  args.rotation = rotation_data(rotation, key.size(2));
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  args.key_token_stride = key.stride(0);
+  args.key_head_stride = key.stride(1);
+  args.value_token_stride = value.stride(0);
+  args.value_head_stride = value.stride(1);
+  args.cache = static_cast<uint8_t*>(kv_cache.mutable_data_ptr());
+  args.block_stride = kv_cache.stride(0);
+  args.head_stride = kv_cache.stride(1);
+  args.slots = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
+  args.heads = key.size(1);
+  const int64_t tokens = slot_mapping.size(0), slots = kv_cache.size(0) * args.page.tokens;
+  for (int64_t t = 0; t < tokens; ++t)
+    check(args.slots[t] < slots, "slot_mapping names slot " + std::to_string(args.slots[t]) +
+                                     ", but the cache has only " + std::to_string(slots));
+  const Kernels& k = kernels();
+  torch::stable::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) { k.kv_write(args, begin, end); });
+}
+
+void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, const Tensor& block_table,
+               const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+               double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
+  check_heads(query, "query");
+  check_heads(out, "out");
+  check_shape(out, {query.size(0), query.size(1), query.size(2)}, "out");
+  AttentionArgs args{};
+  args.page = check_cache(kv_cache, query.size(2), high, low_bits);
+  check(query.size(1) % kv_cache.size(1) == 0, "query's " + std::to_string(query.size(1)) +
+                                                   " heads are no multiple of the cache's " +
+                                                   std::to_string(kv_cache.size(1)) + " kv heads");
+  check_dtype(block_table, ScalarType::Int, "block_table", "int32");
+  check_dtype(seq_lens, ScalarType::Int, "seq_lens", "int32");
+  check_dtype(query_start_loc, ScalarType::Int, "query_start_loc", "int32");
+  const int64_t sequences = seq_lens.numel();
+  check(block_table.dim() == 2 && block_table.size(0) >= sequences &&
+            (block_table.size(1) <= 1 || block_table.stride(1) == 1),
+        "block_table must have shape [sequences, blocks] with contiguous rows");
+  check(query_start_loc.dim() == 1 && query_start_loc.size(0) > sequences && query_start_loc.is_contiguous() &&
+            seq_lens.is_contiguous(),
+        "query_start_loc must hold one more entry than seq_lens, both contiguous");
+  check(sliding_window == -1 || sliding_window > 0, "sliding_window must be positive, or -1 for none");
+  args.query = query.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.query_dtype = float_dtype(query, "query");
+  args.out_dtype = float_dtype(out, "out");
+  args.query_token_stride = query.stride(0);
+  args.query_head_stride = query.stride(1);
+  args.out_token_stride = out.stride(0);
+  args.out_head_stride = out.stride(1);
+  args.cache = static_cast<const uint8_t*>(kv_cache.const_data_ptr());
+  args.block_stride = kv_cache.stride(0);
+  args.head_stride = kv_cache.stride(1);
+  args.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  args.block_table_stride = block_table.stride(0);
+  args.rotation = rotation_data(rotation, query.size(2));
+  args.scale = static_cast<float>(scale);
+  args.group = query.size(1) / kv_cache.size(1);
+  args.window = sliding_window;
+
+  AttentionBatch batch{};
+  batch.sequences = sequences;
+  batch.kv_heads = kv_cache.size(1);
+  batch.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
+  batch.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t first = batch.query_start_loc[s], end = batch.query_start_loc[s + 1], length = batch.seq_lens[s];
+    const std::string name = "sequence " + std::to_string(s);
+    if (first == end) continue;
+    check(0 <= first && first < end && end <= query.size(0),
+          name + ": query_start_loc is not ascending within query's " + std::to_string(query.size(0)) + " tokens");
+    check(end - first <= length, name + " has more new tokens than its seq_lens " + std::to_string(length));
+    const int64_t blocks = (length + args.page.tokens - 1) / args.page.tokens;
+    check(blocks <= block_table.size(1), name + ": block_table is too short for its length " + std::to_string(length));
+    // Blocks that fell out of the window may have been freed, and their entries then name nothing.
+    const int64_t oldest = sliding_window < 0 ? 0 : std::max<int64_t>(0, length - (end - first) - sliding_window + 1);
+    for (int64_t b = oldest / args.page.tokens; b < blocks; ++b) {
+      const int64_t block = args.block_table[s * args.block_table_stride + b];
+      check(0 <= block && block < kv_cache.size(0),
+            name + ": block_table names block " + std::to_string(block) + " of " + std::to_string(kv_cache.size(0)));
+    }
+  }
+  run_attention(args, batch);
+}
+
+}  // namespace resq

@@ -1,0 +1,29 @@
+// The executable plan of a linear layer: flat segments -> runs, padded activation rows, superblock offsets.
+//
+// Mirrors resq_vllm/formats/plan.py: a run is a stretch of one part whose segments follow each other there and share an
+// activation group; runs are in the order of their first segment.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace resq {
+
+struct LinearPlan {
+  std::vector<SegmentPlace> segments;
+  std::vector<RunPlace> runs;
+  std::vector<int32_t> group_bits, block_segments, block_groups, group_list;
+  int64_t columns = 0, padded_columns = 0, superblock_bytes = 0;
+  int64_t part_columns[2] = {0, 0};
+
+  // The view points into this object.
+  PlanView view() const;
+};
+
+// `segments`: columns, part, group triples. Throws std::runtime_error with one sentence when they are malformed.
+LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
+                     int64_t hadamard_groups);
+
+}  // namespace resq

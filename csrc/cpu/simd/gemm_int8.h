@@ -1,0 +1,107 @@
+// The integer GEMM of one superblock (64 output columns) and its float32 epilogue; the ISA supplies the micro-kernels.
+//
+// The weight is the unsigned operand u = w + 8 (nibbles) or w + 128 (bytes), the activation the signed one a = q − o
+// (o = 128 for 8-bit groups). With Σ over a run's columns,
+//   I = Σ q·w − z·Σw = Σ a·u − offset_w·Σa − (z − o)·Σw:
+// two scalars of the token and the weight's column sums turn the raw product into the exact I, modulo 2^32 all along.
+// The float part, float(I)·(s_x·s_w) summed in run order without fusing, equals resq_vllm.reference.linear bit for bit.
+#pragma once
+
+#if defined(RESQ_TU_AVX512)
+#include "micro_avx512.h"
+#elif defined(RESQ_TU_AVX2)
+#include "micro_avx2.h"
+#else
+#include "micro_portable.h"
+#endif
+#include "quantize.h"
+
+namespace resq {
+namespace {
+
+template <int MR>
+void micro_run(const RunPlace& run, int32_t act_bits, const uint8_t* w, const int8_t* a, int64_t lda, int32_t* acc) {
+  if (run.nibbles) {
+    micro_nibbles<MR>(w, a, lda, run.padded / 8, acc);
+  } else if (act_bits == 4) {
+    micro_bytes<MR, true>(w, a, lda, run.padded / 4, acc);
+  } else {
+    micro_bytes<MR, false>(w, a, lda, run.padded / 4, acc);
+  }
+}
+
+// y[0:n] (+)= float(I)·(s_x·s_w) of one token and run.
+RESQ_INLINE void accumulate_run(const int32_t* acc, const int32_t* weight_sum, const float* weight_scale, int64_t n,
+                                int32_t start, int32_t zero, float scale, bool first, float* y) {
+  // Unsigned, because partial results may leave int32 before the last term brings them back.
+  const uint32_t from = static_cast<uint32_t>(start), factor = static_cast<uint32_t>(zero);
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    const VU exact = load_words(acc + j) + from - load_words(weight_sum + j) * factor;
+    const VF term = to_float((VI)exact) * (load(weight_scale + j) * scale);
+    store(y + j, first ? term : load(y + j) + term);
+  }
+  for (; j < n; ++j) {
+    const uint32_t exact = static_cast<uint32_t>(acc[j]) + from - static_cast<uint32_t>(weight_sum[j]) * factor;
+    const float term = static_cast<float>(static_cast<int32_t>(exact)) * (scale * weight_scale[j]);
+    y[j] = first ? term : y[j] + term;
+  }
+}
+
+template <int MR>
+void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column, int64_t n, const float* bias,
+                 int64_t row) {
+  alignas(64) int32_t acc[MR * kSuperblock];
+  alignas(64) float y[MR * kSuperblock];
+  const PlanView& plan = args.plan;
+  for (int64_t r = 0; r < plan.n_runs; ++r) {
+    const RunPlace& run = plan.runs[r];
+    const int32_t bits = plan.group_bits[run.group];
+    micro_run<MR>(run, bits, weights + run.weight_at, args.codes + row * args.code_stride + run.activation_at,
+                  args.code_stride, acc);
+    const int32_t weight_offset = run.nibbles ? 8 : 128;
+    const float* weight_scale = args.weight_scale + run.part * args.n + column;
+    const int32_t* weight_sum = args.weight_sum + r * args.n + column;
+    for (int64_t m = 0; m < MR; ++m) {
+      const int64_t at = (row + m) * plan.n_groups + run.group;
+      const int32_t start = -weight_offset * args.sums[(row + m) * plan.n_runs + r];
+      const int32_t zero = args.zero[at] - code_offset(bits);
+      const int32_t* from = acc + m * kSuperblock;
+      float* to = y + m * kSuperblock;
+      accumulate_run(from, weight_sum, weight_scale, n, start, zero, args.scale[at], r == 0, to);
+    }
+  }
+  for (int64_t m = 0; m < MR; ++m) {
+    float* sum = y + m * kSuperblock;
+    if (bias)
+      for (int64_t j = 0; j < n; ++j) sum[j] += bias[j];
+    store_row(sum, args.out_dtype, n, element(args.out, args.out_dtype, (row + m) * args.out_stride + column));
+  }
+}
+
+void linear_superblock(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
+  const uint8_t* weights = args.packed + superblock * args.plan.superblock_bytes;
+  const int64_t column = superblock * kSuperblock, n = min(kSuperblock, args.n - column);
+  float bias_values[kSuperblock];
+  const float* bias = nullptr;
+  if (args.bias) {
+    load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias_values);
+    bias = bias_values;
+  }
+  for (int64_t row = begin; row < end;) {
+    const int64_t blocks = (end - row + kMicroRows - 1) / kMicroRows;
+    const int64_t rows = (end - row + blocks - 1) / blocks;
+    switch (rows) {
+      case 1: linear_rows<1>(args, weights, column, n, bias, row); break;
+      case 2: linear_rows<2>(args, weights, column, n, bias, row); break;
+      case 3: linear_rows<3>(args, weights, column, n, bias, row); break;
+      case 4: linear_rows<4>(args, weights, column, n, bias, row); break;
+      case 5: linear_rows<5>(args, weights, column, n, bias, row); break;
+      default: linear_rows<6>(args, weights, column, n, bias, row); break;
+    }
+    row += rows;
+  }
+}
+
+}  // namespace
+}  // namespace resq

@@ -1,0 +1,91 @@
+// Block-diagonal Hadamard transform in float32: every block x as a [k, 2^m] matrix -> (H_k ⊗ H_{2^m}) x / sqrt(n).
+//
+// The butterflies and the final division round as resq_vllm.reference.block_hadamard does, so with k = 1 the result is
+// equal bit for bit; the sums of the dense factor run over k in order, where torch leaves its order open.
+#pragma once
+
+#include "convert.h"
+#include "gemm_f32.h"
+
+namespace resq {
+namespace {
+
+// One butterfly stage of distance H inside every vector.
+template <int H>
+RESQ_INLINE VF butterfly(VF v) {
+  VF sign;
+  for (int i = 0; i < W; ++i) sign[i] = i & H ? -1.0f : 1.0f;
+  return swap_lanes<H>(v) + v * sign;
+}
+
+template <int H>
+RESQ_INLINE VF butterflies_below(VF v, int64_t width) {
+  if (H < width) v = butterfly<H>(v);
+  if constexpr (2 * H < W) {
+    return butterflies_below<2 * H>(v, width);
+  } else {
+    return v;
+  }
+}
+
+// Walsh-Hadamard transform (Sylvester order, not normalised) of every stretch of `width` floats; width divides total.
+void walsh_hadamard(float* x, int64_t total, int64_t width) {
+  int64_t i = 0;
+  for (; i + W <= total; i += W) store(x + i, butterflies_below<1>(load(x + i), width));
+  // A tail shorter than a vector holds whole stretches, since both are powers of two apart from their number.
+  for (int64_t step = 1; step < width && step < W && i < total; step *= 2)
+    for (int64_t j = i; j < total; j += 2 * step)
+      for (int64_t l = j; l < j + step; ++l) {
+        const float a = x[l], b = x[l + step];
+        x[l] = a + b;
+        x[l + step] = a - b;
+      }
+  for (int64_t step = W; step < width; step *= 2)
+    for (int64_t j = 0; j < total; j += 2 * step)
+      for (int64_t l = j; l < j + step; l += W) {
+        const VF a = load(x + l), b = load(x + l + step);
+        store(x + l, a + b);
+        store(x + l + step, a - b);
+      }
+}
+
+void divide(float* x, int64_t n, float divisor) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(x + i, load(x + i) / divisor);
+  for (; i < n; ++i) x[i] /= divisor;
+}
+
+// In place on `blocks` neighbouring blocks of n floats.
+void hadamard_blocks(float* x, int64_t blocks, int64_t n, int64_t k, const float* dense) {
+  const float root = static_cast<float>(__builtin_sqrt(static_cast<double>(n)));
+  if (k == 1) {
+    walsh_hadamard(x, blocks * n, n);
+    divide(x, blocks * n, root);
+    return;
+  }
+  // As [k, blocks, 2^m] the dense factor is one product with blocks·2^m columns: wide vectors even where 2^m is 4.
+  const int64_t width = n / k, columns = blocks * width;
+  float* mixed = static_cast<float*>(thread_scratch(Slot::hadamard, 2 * k * columns * 4));
+  float* rows = mixed + k * columns;
+  const size_t bytes = static_cast<size_t>(width) * 4;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t i = 0; i < k; ++i) __builtin_memcpy(rows + i * columns + b * width, x + b * n + i * width, bytes);
+  walsh_hadamard(rows, k * columns, width);
+  gemm_f32(k, columns, k, dense, k, rows, columns, mixed, columns, false);
+  divide(mixed, k * columns, root);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t i = 0; i < k; ++i) __builtin_memcpy(x + b * n + i * width, mixed + i * columns + b * width, bytes);
+}
+
+void hadamard_rows(const HadamardRowsArgs& args, int64_t begin, int64_t end) {
+  float* row = static_cast<float*>(thread_scratch(Slot::activation_row, args.columns * 4));
+  const HadamardArgs& h = args.hadamard;
+  for (int64_t r = begin; r < end; ++r) {
+    load_row(element(args.x, args.dtype, r * args.x_stride), args.dtype, args.columns, row);
+    hadamard_blocks(row, h.groups, args.columns / h.groups, h.k, h.dense);
+    store_row(row, args.dtype, args.columns, element(args.out, args.dtype, r * args.out_stride));
+  }
+}
+
+}  // namespace
+}  // namespace resq

@@ -1,0 +1,123 @@
+// Rotate k by U_C, quantize k and v per token, head and part, and pack them into their pages.
+//
+// The page's layout is resq_vllm/formats/kv_layout.py; the rounding is resq_vllm.reference.kv_quantize: the scale is
+// rounded to float16 before it is used, since that is what a page holds.
+#pragma once
+
+#include "quantize.h"
+
+namespace resq {
+namespace {
+
+constexpr float kFloat16Max = 65504.0f;
+
+struct PartCodes {
+  uint16_t scale;  // float16
+  uint8_t zero;
+};
+
+// x [n] -> codes [n], one scale and zero point.
+PartCodes quantize_part(const float* x, int64_t n, int32_t bits, uint8_t* codes) {
+  float low = 0.0f, high = 0.0f;
+  widen_range(x, n, low, high);
+  const int32_t levels = (1 << bits) - 1;
+  float step = (high - low) / static_cast<float>(levels);
+  step = half_to_float(float_to_half(min(step, kFloat16Max)));
+  if (step == 0.0f) step = 1.0f;
+  // x/s may exceed the range of the rounding trick when the scale was cut to 65504; beyond the clamp nothing changes.
+  const float limit = 4096.0f;
+  int32_t zero = round_to_int(max(min(-low / step, limit), 0.0f));
+  if (zero > levels) zero = levels;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const VF ratio = max(min(load(x + i) / step, splat(limit)), splat(-limit));
+    const VI q = min(max(round_to_int(ratio) + zero, VI{}), splat(levels));
+    *reinterpret_cast<VBMem*>(codes + i) = __builtin_convertvector(q, VB);
+  }
+  for (; i < n; ++i) {
+    const int32_t q = round_to_int(max(min(x[i] / step, limit), -limit)) + zero;
+    codes[i] = static_cast<uint8_t>(q < 0 ? 0 : q > levels ? levels : q);
+  }
+  return {float_to_half(step), static_cast<uint8_t>(zero)};
+}
+
+// 8-bit plane of K: groups of 4 dims, 16 tokens side by side.
+void pack_key_bytes(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
+  uint8_t* tile = plane + (token / kTokenTile) * (width / 4) * 64 + (token % kTokenTile) * 4;
+  for (int64_t g = 0; g < width / 4; ++g) __builtin_memcpy(tile + g * 64, codes + 4 * g, 4);
+}
+
+void pack_key_nibbles(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
+  uint8_t* tile = plane + (token / kTokenTile) * (width / 8) * 64 + (token % kTokenTile) * 4;
+  for (int64_t g = 0; g < width / 8; ++g)
+    for (int64_t j = 0; j < 4; ++j)
+      tile[g * 64 + j] = static_cast<uint8_t>(codes[8 * g + j] | codes[8 * g + 4 + j] << 4);
+}
+
+// Planes of V: one 32-bit word per lane, 4 tokens side by side.
+void pack_value_bytes(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
+  uint8_t* word = plane + (token / 4) * width * 4 + token % 4;
+  for (int64_t c = 0; c < width; ++c) word[4 * c] = codes[c];
+}
+
+void pack_value_nibbles(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
+  const int64_t lanes = width / 2;
+  uint8_t* word = plane + (token / 4) * lanes * 4 + token % 4;
+  for (int64_t c = 0; c < lanes; ++c) word[4 * c] = static_cast<uint8_t>(codes[c] | codes[c + lanes] << 4);
+}
+
+// One head of one token. which: 0 = K, 1 = V.
+void write_head(const PageLayout& p, uint8_t* page, int64_t token, int which, const float* x) {
+  alignas(64) uint8_t codes[kMaxHeadDim + 64];
+  uint8_t* scales = page + p.scales + which * p.parts * p.tokens * 2;
+  uint8_t* zeros = page + p.zeros + which * p.parts * p.tokens;
+  const auto put = [&](int64_t part, PartCodes q) {
+    __builtin_memcpy(scales + (part * p.tokens + token) * 2, &q.scale, 2);
+    zeros[part * p.tokens + token] = q.zero;
+  };
+  put(0, quantize_part(x, p.low, static_cast<int32_t>(p.low_bits), codes));
+  for (int64_t i = p.low; i < p.low_padded; ++i) codes[i] = 0;
+  uint8_t* low = page + (which ? p.value_low : p.key_low);
+  if (p.low_bits == 4) {
+    (which ? pack_value_nibbles : pack_key_nibbles)(low, token, codes, p.low_padded);
+  } else {
+    (which ? pack_value_bytes : pack_key_bytes)(low, token, codes, p.low_padded);
+  }
+  if (p.high) {
+    put(1, quantize_part(x + p.low, p.high, 8, codes));
+    for (int64_t i = p.high; i < p.high_padded; ++i) codes[i] = 0;
+    uint8_t* high = page + (which ? p.value_high : p.key_high);
+    (which ? pack_value_bytes : pack_key_bytes)(high, token, codes, p.high_padded);
+  }
+}
+
+void kv_write_tokens(const KVWriteArgs& args, int64_t begin, int64_t end) {
+  const PageLayout& p = args.page;
+  const int64_t dim = p.head_dim;
+  // All heads of a token go through the rotation together: one small product instead of a vector times a matrix.
+  float* rows = static_cast<float*>(thread_scratch(Slot::kv_rows, 2 * args.heads * dim * 4));
+  float* rotated = rows + args.heads * dim;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t slot = args.slots[t];
+    if (slot < 0) continue;
+    uint8_t* block = args.cache + slot / p.tokens * args.block_stride;
+    const int64_t token = slot % p.tokens;
+    for (int64_t h = 0; h < args.heads; ++h)
+      load_row(element(args.key, args.dtype, t * args.key_token_stride + h * args.key_head_stride), args.dtype, dim,
+               rows + h * dim);
+    const float* keys = rows;
+    if (args.rotation) {
+      gemm_f32(args.heads, dim, dim, rows, dim, args.rotation, dim, rotated, dim, false);
+      keys = rotated;
+    }
+    for (int64_t h = 0; h < args.heads; ++h) write_head(p, block + h * args.head_stride, token, 0, keys + h * dim);
+    for (int64_t h = 0; h < args.heads; ++h) {
+      load_row(element(args.value, args.dtype, t * args.value_token_stride + h * args.value_head_stride), args.dtype,
+               dim, rows);
+      write_head(p, block + h * args.head_stride, token, 1, rows);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace resq

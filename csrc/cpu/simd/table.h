@@ -1,0 +1,16 @@
+// The function table of the TU that includes this last.
+#pragma once
+
+#include "attention.h"
+#include "gemm_int8.h"
+#include "kv_write.h"
+
+namespace resq {
+namespace {
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name, quantize_units, linear_superblock, hadamard_rows, kv_write_tokens, attention_tile, merge_shares};
+}
+
+}  // namespace
+}  // namespace resq

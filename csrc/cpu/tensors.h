@@ -1,0 +1,55 @@
+// Checks of op arguments: one sentence that names the op, the argument and what it should be.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace resq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(bool ok, const std::string& sentence) {
+  if (!ok) throw std::runtime_error(sentence);
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+// The dtype of an activation-like tensor.
+inline DType float_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: throw std::runtime_error(std::string(name) + " must be float32, float16 or bfloat16");
+  }
+}
+
+inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name, const char* words) {
+  check(t.scalar_type() == dtype, std::string(name) + " must be " + words);
+}
+
+inline void check_contiguous(const Tensor& t, const char* name) {
+  check(t.is_contiguous(), std::string(name) + " must be contiguous");
+}
+
+inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+  bool ok = t.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted;
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    ok = ok && t.size(i) == size;
+    wanted += (i++ ? ", " : "") + std::to_string(size);
+  }
+  check(ok, std::string(name) + " must have shape [" + wanted + "], not " + shape_of(t));
+}
+
+}  // namespace resq

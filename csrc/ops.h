@@ -1,0 +1,35 @@
+// The ops of torch.ops.resq on CPU tensors. Schemas and shapes: bindings.cpp and resq_vllm/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace resq {
+
+using torch::stable::Tensor;
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+              const std::optional<Tensor>& bias, int64_t n, std::vector<int64_t> segments,
+              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k);
+
+std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const std::optional<Tensor>& high,
+                                       int64_t low_bits, int64_t n, std::vector<int64_t> segments);
+
+std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vector<int64_t> segments,
+                                                       std::vector<int64_t> group_bits, int64_t hadamard_groups,
+                                                       const std::optional<Tensor>& hadamard_k);
+
+Tensor hadamard(const Tensor& x, int64_t groups, const std::optional<Tensor>& hadamard_k);
+
+void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
+              const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits);
+
+void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, const Tensor& block_table,
+               const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+               double scale, int64_t high, int64_t low_bits, int64_t sliding_window);
+
+}  // namespace resq

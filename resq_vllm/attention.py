@@ -1,0 +1,221 @@
+"""Attention over the packed KV cache: backend, metadata, builder and impl, for vLLM's V1 runner.
+
+One backend class per page layout, since vLLM asks the class (not the layer) how large a page is. K is rotated by U_C,
+quantized and packed by ``do_kv_cache_update``; ``forward`` attends every query token over the packed pages, its own
+token's included, so prefill, chunked prefill, prefix-cache hits and decode agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from resq_vllm import ops
+from resq_vllm.errors import ResQError
+from resq_vllm.formats.kv_layout import TOKENS_PER_TILE, KVLayout
+from resq_vllm.vllm_api import (
+    Attention,
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    AttentionType,
+    CommonAttentionMetadata,
+    KVCacheLayout,
+    MultipleOf,
+    VllmConfig,
+    get_layers_from_vllm_config,
+)
+
+
+class ResQAttentionBackend(AttentionBackend):
+    """Base of the per-layout backends; ``layout`` is set by :func:`packed_backend`."""
+
+    layout: ClassVar[KVLayout]
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "RESQ"
+
+    @staticmethod
+    def get_builder_cls() -> type[ResQMetadataBuilder]:
+        return ResQMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(TOKENS_PER_TILE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        # Layer, block, head, token, content: the N·C bytes of one head's page are contiguous, free for planes inside.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size == cls.layout.head_dim
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The page: C bytes per token and kv head, K and V together."""
+        return replace(spec, dtype=torch.uint8, state_content_bytes=cls.layout.bytes_per_token)
+
+
+@cache
+def packed_backend(layout: KVLayout) -> type[ResQAttentionBackend]:
+    """The backend class for pages of ``layout``: one per layout, named for it, as vLLM groups layers by class name."""
+    impl_name, name = (f"{kind}_{layout.head_dim}_{layout.high}_{layout.low_bits}" for kind in ("Impl", "Backend"))
+    impl = type(f"ResQAttention{impl_name}", (ResQAttentionImpl,), {"layout": layout})
+    body = {"layout": layout, "get_impl_cls": staticmethod(lambda: impl)}
+    return type(f"ResQAttention{name}", (ResQAttentionBackend,), body)
+
+
+@dataclass
+class ResQMetadata(AttentionMetadata):
+    """One batch, as the ops take it: S sequences, T tokens.
+
+    Attributes:
+        tokens: T, without padding.
+        query_start_loc: int32 [S+1].
+        seq_lens: int32 [S], the new tokens included.
+        block_table: int32 [S, blocks].
+        slot_mapping: int64 [T], −1 = skip.
+
+    """
+
+    tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class ResQMetadataBuilder(AttentionMetadataBuilder):
+    """Passes on what the runner prepared: the ops need no schedule of their own."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        require_all_packed(vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> ResQMetadata:
+        """Raises ResQError for a batch that is not causal."""
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ResQError(
+                "the packed KV cache supports causal attention only; serve with an explicit --kv-cache-dtype (such as "
+                "bfloat16) to use vLLM's own cache"
+            )
+        return ResQMetadata(
+            tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+
+class ResQAttentionImpl(AttentionImpl):
+    """Runs ``kv_write`` and ``attention``; the layer's ``key_rotation`` parameter is U_C."""
+
+    layout: ClassVar[KVLayout]
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        # vLLM's window counts the token itself, as the op's does; −1 = none.
+        self.sliding_window = -1 if sliding_window is None else sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def do_kv_cache_update(
+        self,
+        layer: Attention,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Pack the new tokens. key, value [T, Hkv, hd] (after RoPE); kv_cache uint8 [blocks, Hkv, N, C]."""
+        ops.kv_write(key, value, kv_cache, slot_mapping, layer.key_rotation, self.layout.high, self.layout.low_bits)
+
+    def forward(
+        self,
+        layer: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: ResQMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of query [T, H, hd] over the packed pages into output [T, H, hd], which is returned.
+
+        Raises ResQError when asked to quantize its output.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise ResQError("attention over the packed KV cache cannot quantize its output; disable that fusion pass")
+        if attn_metadata is None:
+            # vLLM's warm-up and memory profiling: no cache is bound yet.
+            return output.fill_(0)
+        batch = attn_metadata
+        ops.attention(
+            query[: batch.tokens],
+            kv_cache,
+            output[: batch.tokens],
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            layer.key_rotation,
+            self.scale,
+            self.layout.high,
+            self.layout.low_bits,
+            self.sliding_window,
+        )
+        return output
+
+
+def require_all_packed(vllm_config: VllmConfig) -> None:
+    """Raise ResQError unless every layer that was to have a packed cache still runs on it."""
+    from resq_vllm.config import ResQConfig
+    from resq_vllm.kv_cache import require_packed
+
+    config = vllm_config.quant_config
+    if not isinstance(config, ResQConfig):
+        return
+    for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
+        decision = config.kv_layers.get(name)
+        if decision is not None and decision.method is not None:
+            require_packed(layer)

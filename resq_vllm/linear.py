@@ -1,0 +1,217 @@
+"""``ResQLinearMethod``: checkpoint tensors in, one ``ops.linear`` call a layer out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resq_vllm import ops
+from resq_vllm.errors import ResQError
+from resq_vllm.formats.metadata import LinearSite
+from resq_vllm.formats.plan import LinearPlan, linear_plan
+from resq_vllm.hadamard import hadamard_matrix
+from resq_vllm.log import log_once
+from resq_vllm.vllm_api import (
+    ChannelQuantScaleParameter,
+    LinearBase,
+    LinearMethodBase,
+    ModelWeightParameter,
+    get_current_vllm_config,
+    get_tensor_model_parallel_rank,
+    register_weight_loader_v2_supported_method,
+)
+
+if TYPE_CHECKING:
+    from resq_vllm.config import ResQConfig
+
+_DUMMY_SEED = 20241214
+
+
+@register_weight_loader_v2_supported_method
+class ResQLinearMethod(LinearMethodBase):
+    """A linear layer whose input columns are split into a low- and a high-precision part (see formats.plan).
+
+    Checkpoint parameters, per rank (N outputs, K_l and K_h input columns): weight_low uint8 [N, K_l/2] (or int8
+    [N, K_l] at 8 bits), weight_high int8 [N, K_h], weight_low_scale and weight_high_scale float32 [N]. After loading
+    they are replaced by packed_weight (the kernel's own layout), weight_scales float32 [2, N] and weight_sums int32.
+    """
+
+    def __init__(self, config: ResQConfig, site: LinearSite) -> None:
+        self.config = config
+        self.site = site
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the checkpoint's parameters, cut for this rank.
+
+        Raises ResQError when the layer's input is not the one that was quantized, or when this rank's share of it does
+        not hold whole heads or whole Hadamard blocks.
+        """
+        site, prefix = self.site, layer.prefix
+        if input_size != site.low + site.high:
+            raise ResQError(
+                f"{prefix}: quantization_config describes {site.low + site.high} input columns but the layer has "
+                f"{input_size}; quantize the model again"
+            )
+        try:
+            plan = linear_plan(site, input_size_per_partition, self.config.metadata.head_dim)
+        except ResQError as error:
+            raise ResQError(f"{prefix}: {error}") from error
+        outputs = sum(output_partition_sizes)
+        loads = _Loads(
+            layer, len(output_partition_sizes), input_size // plan.columns, extra_weight_attrs["weight_loader"]
+        )
+        low, high = plan.part_columns
+        if low:
+            columns, dtype = (low // 2, torch.uint8) if site.weight_low_bits == 4 else (low, torch.int8)
+            _register(layer, loads, "weight_low", torch.empty(outputs, columns, dtype=dtype))
+            _register(layer, loads, "weight_low_scale", torch.empty(outputs, dtype=torch.float32))
+        if high:
+            _register(layer, loads, "weight_high", torch.empty(outputs, high, dtype=torch.int8))
+            _register(layer, loads, "weight_high_scale", torch.empty(outputs, dtype=torch.float32))
+        layer.resq_plan, layer.resq_loads = plan, loads
+        layer.resq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self.config.linear_bits.add(site, plan, outputs)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Re-lay the weights for the kernels and free the checkpoint's tensors.
+
+        Raises ResQError when the checkpoint lacked one of them.
+        """
+        if not hasattr(layer, "resq_loads"):
+            return
+        report(self.config)
+        plan: LinearPlan = layer.resq_plan
+        if layer.resq_dummy:
+            _fill_dummy(layer, plan)
+        else:
+            layer.resq_loads.require_complete()
+        low, high = _take(layer, "weight_low"), _take(layer, "weight_high")
+        scales = [_take(layer, "weight_low_scale"), _take(layer, "weight_high_scale")]
+        outputs = next(s.shape[0] for s in scales if s is not None)
+        layer.resq_outputs = outputs
+        layer.resq_segments = plan.flat_segments()
+        layer.resq_group_bits = list(plan.group_bits)
+        packed, sums = ops.pack_weight(low, high, self.site.weight_low_bits, outputs, layer.resq_segments)
+        filled = [torch.zeros(outputs) if s is None else s for s in scales]
+        _parameter(layer, "packed_weight", packed)
+        _parameter(layer, "weight_sums", sums)
+        _parameter(layer, "weight_scales", torch.stack(filled).to(packed.device))
+        k = plan.hadamard_k
+        _parameter(layer, "hadamard_k", hadamard_matrix(k).float().to(packed.device) if k > 1 else None)
+        del layer.resq_loads
+
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op."""
+        return ops.linear(
+            x,
+            layer.packed_weight,
+            layer.weight_scales,
+            layer.weight_sums,
+            bias,
+            layer.resq_outputs,
+            layer.resq_segments,
+            layer.resq_group_bits,
+            layer.resq_plan.hadamard_groups,
+            layer.hadamard_k,
+        )
+
+
+class _Loads:
+    """The weight loader of a layer's parameters: vLLM's own, which also notes what has come and names what is wrong.
+
+    vLLM does not check that a quantized checkpoint is complete, so a missing tensor would serve uninitialised memory.
+    """
+
+    def __init__(self, layer: LinearBase, shards: int, ranks: int, loader: Callable[..., None]) -> None:
+        self._prefix = layer.prefix
+        self._shards = shards
+        self._ranks = ranks
+        self._loader = loader
+        self._seen: dict[str, set[object]] = {}
+
+    def loader(self, name: str) -> Callable[..., None]:
+        """The weight loader of parameter ``name``: called (param, loaded_weight, shard id or nothing)."""
+        seen = self._seen[name] = set()
+
+        def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *shard: Any) -> None:
+            if loaded_weight.dtype != param.dtype:
+                raise ResQError(
+                    f"{self._prefix}.{name} is {loaded_weight.dtype} in the checkpoint but format 1 stores "
+                    f"{param.dtype}; quantize the model again"
+                )
+            wrong_shape = ResQError(
+                f"{self._prefix}.{name} has shape {tuple(loaded_weight.shape)} in the checkpoint, which does not fit "
+                "config.json; quantize the model again"
+            )
+            # vLLM cuts this rank's columns out of whatever is there: a tensor that is too wide would go unnoticed.
+            if loaded_weight.ndim == 2 and loaded_weight.shape[1] != param.shape[-1] * self._ranks:
+                raise wrong_shape
+            try:
+                self._loader(param, loaded_weight, *shard)
+            except (AssertionError, IndexError, RuntimeError) as error:
+                raise wrong_shape from error
+            seen.add(shard[0] if shard else None)
+
+        return load
+
+    def require_complete(self) -> None:
+        """Raise ResQError naming the first parameter that the checkpoint did not hold whole."""
+        for name, seen in self._seen.items():
+            if None not in seen and len(seen) < self._shards:
+                raise ResQError(f"the checkpoint lacks all or part of {self._prefix}.{name}; quantize the model again")
+
+
+def _register(layer: LinearBase, loads: _Loads, name: str, data: torch.Tensor) -> None:
+    loader = loads.loader(name)
+    if data.ndim == 1:
+        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    else:
+        parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+    layer.register_parameter(name, parameter)
+
+
+def _take(layer: LinearBase, name: str) -> torch.Tensor | None:
+    """Remove parameter ``name`` from the layer and return its tensor (None where the part has no columns)."""
+    if not hasattr(layer, name):
+        return None
+    data: torch.Tensor = getattr(layer, name).data
+    delattr(layer, name)
+    return data
+
+
+def _parameter(layer: LinearBase, name: str, data: torch.Tensor | None) -> None:
+    layer.register_parameter(name, None if data is None else torch.nn.Parameter(data, requires_grad=False))
+
+
+def _fill_dummy(layer: LinearBase, plan: LinearPlan) -> None:
+    """Random codes and scales for ``--load-format dummy``, which fills float tensors only: y keeps x's magnitude."""
+    generator = torch.Generator().manual_seed(_DUMMY_SEED)
+    for name in ("weight_low", "weight_high"):
+        if hasattr(layer, name):
+            codes = getattr(layer, name).data
+            info = torch.iinfo(codes.dtype)
+            codes.random_(info.min, info.max + 1, generator=generator)
+            bits = 8 if codes.dtype == torch.int8 else 4
+            # Uniform b-bit codes have a standard deviation of 2^b/sqrt(12).
+            getattr(layer, f"{name}_scale").data.fill_(12**0.5 / 2**bits / plan.columns**0.5)
+
+
+def report(config: ResQConfig) -> None:
+    """The start-up line, once a process and on rank 0: kernels, bits of the linear layers, size of the KV cache."""
+    if get_tensor_model_parallel_rank() == 0:
+        from resq_vllm.kv_cache import describe
+
+        kernels = f"ResQ: CPU kernels {ops.isa()}; linear {config.linear_bits}; {describe(config)}"
+        log_once(logging.INFO, kernels)

@@ -1,0 +1,245 @@
+"""The compiled ops: loads ``resq_vllm/_C.abi3.so``, tells torch.compile their shapes, and wraps them with types.
+
+Importing this module registers ``torch.ops.resq.*``. The specification of every op is its namesake in
+``resq_vllm.reference``; the formats are ``resq_vllm.formats``. Symbols: M tokens, K input columns, N outputs, G
+activation groups, R runs, T tokens, hd head_dim. All tensors live on one device; today's kernels are for the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from resq_vllm.errors import ResQError
+
+try:
+    from resq_vllm import _C  # type: ignore[attr-defined]  # noqa: F401  (loading the library registers the ops)
+except ImportError as error:
+    raise ResQError(
+        f"the compiled kernels resq_vllm/_C.abi3.so cannot be loaded ({error}); build them with "
+        "`pip install --no-build-isolation -e .` in this environment"
+    ) from error
+
+# Of the kernels' weight layout (csrc/cpu/kernels.h, csrc/cpu/plan.cpp): needed to size the output of pack_weight.
+_SUPERBLOCK_COLUMNS = 64
+_RUN_MULTIPLE = 8
+
+
+# --- kernels' instruction set -----------------------------------------------------------------------------------------
+def isa() -> str:
+    """Which kernels run: "avx512_vnni", "avx2" or "portable"; the environment variable RESQ_ISA forces one.
+
+    Raises ResQError when RESQ_ISA names an unknown set, or one that this machine lacks.
+    """
+    try:
+        return torch.ops.resq.isa()
+    except RuntimeError as error:
+        raise ResQError(_first_line(error)) from error
+
+
+def set_isa(name: str) -> str:
+    """Switch the whole process to kernels ``name`` ("" = the best this machine has); returns what runs now.
+
+    For tests and measurements; not while an op runs. Raises ResQError as :func:`isa` does.
+    """
+    try:
+        return torch.ops.resq.set_isa(name)
+    except RuntimeError as error:
+        raise ResQError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+def pack_weight(
+    low: torch.Tensor | None, high: torch.Tensor | None, low_bits: int, n: int, segments: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Re-lay checkpoint weights for :func:`linear`.
+
+    low: uint8 [N, K_l/2] (4 bit, see formats.weights) or int8 [N, K_l] (8 bit); high: int8 [N, K_h]; None for a part
+    without columns. segments: LinearPlan.flat_segments(). Returns the packed weight, uint8 of a private layout, and
+    int32 [R, N] column sums of every run. Raises RuntimeError with one sentence when shapes disagree.
+    """
+    return torch.ops.resq.pack_weight(low, high, low_bits, n, segments)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    wsum: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    segments: Sequence[int],
+    group_bits: Sequence[int],
+    hadamard_groups: int = 0,
+    hadamard_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [..., N] = x [..., K]·Wᵀ + bias with x quantized per token on the way in (online Hadamard included).
+
+    packed, wsum: from :func:`pack_weight`; scales float32 [2, N] (low row, high row; ignored where a part is absent);
+    bias [N]; hadamard_k float32 [k, k] when the block order's k > 1. The result has x's dtype and equals
+    reference.linear bit for bit where the Hadamard has k = 1. Raises RuntimeError with one sentence on bad arguments.
+    """
+    return torch.ops.resq.linear(x, packed, scales, wsum, bias, n, segments, group_bits, hadamard_groups, hadamard_k)
+
+
+def quantize_activation(
+    x: torch.Tensor,
+    segments: Sequence[int],
+    group_bits: Sequence[int],
+    hadamard_groups: int = 0,
+    hadamard_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, K] -> codes uint8 [M, K] in x's column order, scale float32 [M, G], zero point int32 [M, G]."""
+    return torch.ops.resq.quantize_activation(x, segments, group_bits, hadamard_groups, hadamard_k)
+
+
+def hadamard(x: torch.Tensor, groups: int, hadamard_k: torch.Tensor | None = None) -> torch.Tensor:
+    """Block-diagonal Hadamard of x [..., groups·n], in float32 and cast to x's dtype; hadamard_k as in linear."""
+    return torch.ops.resq.hadamard(x, groups, hadamard_k)
+
+
+def kv_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor | None,
+    high: int,
+    low_bits: int,
+) -> None:
+    """Rotate key by U_C, quantize key and value [T, Hkv, hd] and pack them into kv_cache, in place.
+
+    kv_cache uint8 [blocks, Hkv, N, C] with contiguous pages; slot_mapping int64 [<= T] = block·N + offset, negative =
+    skip; rotation float32 [hd, hd]. Raises RuntimeError with one sentence on bad arguments, before anything is written.
+    """
+    torch.ops.resq.kv_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits)
+
+
+def attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    rotation: torch.Tensor | None,
+    scale: float,
+    high: int,
+    low_bits: int,
+    sliding_window: int = -1,
+) -> None:
+    """Causal attention of query [T, H, hd] over its sequences' packed pages, into out [T, H, hd].
+
+    block_table int32 [S, blocks], seq_lens int32 [S] (new tokens included), query_start_loc int32 [S+1];
+    sliding_window: tokens a query sees, itself included, −1 = all. Rows that no sequence covers are left alone.
+    Raises RuntimeError with one sentence on bad arguments.
+    """
+    torch.ops.resq.attention(
+        query,
+        kv_cache,
+        out,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        rotation,
+        scale,
+        high,
+        low_bits,
+        sliding_window,
+    )
+
+
+# --- shapes for torch.compile -----------------------------------------------------------------------------------------
+@torch.library.register_fake("resq::linear")
+def _linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    wsum: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    segments: Sequence[int],
+    group_bits: Sequence[int],
+    hadamard_groups: int,
+    hadamard_k: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("resq::pack_weight")
+def _pack_weight_fake(
+    low: torch.Tensor | None, high: torch.Tensor | None, low_bits: int, n: int, segments: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    like = low if low is not None else high
+    assert like is not None
+    bits = (low_bits, 8)
+    runs: list[list[int]] = []  # part, group, columns; merged as in formats.plan
+    last: dict[int, int] = {}
+    for columns, part, group in zip(segments[0::3], segments[1::3], segments[2::3], strict=True):
+        if part in last and runs[last[part]][1] == group:
+            runs[last[part]][2] += columns
+        else:
+            last[part] = len(runs)
+            runs.append([part, group, columns])
+    superblock = sum(
+        _SUPERBLOCK_COLUMNS * (-(-columns // _RUN_MULTIPLE) * _RUN_MULTIPLE) * bits[part] // 8
+        for part, _, columns in runs
+    )
+    packed = like.new_empty((-(-n // _SUPERBLOCK_COLUMNS) * superblock,), dtype=torch.uint8)
+    return packed, like.new_empty((len(runs), n), dtype=torch.int32)
+
+
+@torch.library.register_fake("resq::quantize_activation")
+def _quantize_activation_fake(
+    x: torch.Tensor,
+    segments: Sequence[int],
+    group_bits: Sequence[int],
+    hadamard_groups: int,
+    hadamard_k: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups = (x.shape[0], len(group_bits))
+    return (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty(groups, dtype=torch.float32),
+        x.new_empty(groups, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("resq::hadamard")
+def _hadamard_fake(x: torch.Tensor, groups: int, hadamard_k: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("resq::kv_write")
+def _kv_write_fake(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor | None,
+    high: int,
+    low_bits: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("resq::attention")
+def _attention_fake(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    rotation: torch.Tensor | None,
+    scale: float,
+    high: int,
+    low_bits: int,
+    sliding_window: int,
+) -> None:
+    return None

@@ -1,0 +1,223 @@
+"""attention over packed pages against the reference: no less exact than torch in float32, on every instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resq_vllm import ops, reference
+from resq_vllm.formats.kv_layout import KVLayout
+from tests.csrc.support import ISAS, assert_no_worse, generator, random_cache, running
+
+LAYOUTS = [
+    KVLayout(32, 4),
+    KVLayout(64, 8),
+    KVLayout(80, 10),
+    KVLayout(96, 12),
+    KVLayout(128, 16),
+    KVLayout(64, 0),
+    KVLayout(64, 8, 8),
+    KVLayout(18, 5),
+]
+UNTOUCHED = 77.0
+
+
+@dataclass
+class Batch:
+    """Sequences of (context, new tokens), context counting the new ones, over randomly placed blocks."""
+
+    layout: KVLayout
+    lengths: list[tuple[int, int]]
+    kv_heads: int
+    group: int
+    block_size: int
+    seed: int
+    dtype: torch.dtype = torch.float32
+    window: int = -1
+    rotated: bool = True
+    padding: int = 0
+
+    def run(self) -> None:
+        g = generator(self.seed)
+        layout, size = self.layout, self.block_size
+        needed = [-(-length // size) for length, _ in self.lengths]
+        cache = random_cache(layout, sum(needed) + 1, self.kv_heads, size, self.seed)
+        order = torch.randperm(sum(needed) + 1, generator=g).to(torch.int32)
+        # Entries beyond a sequence's blocks name nothing, and must not be read.
+        table = torch.full((len(needed), max(needed) + 2), -1, dtype=torch.int32)
+        for row, blocks in enumerate(needed):
+            table[row, :blocks] = order[sum(needed[:row]) : sum(needed[: row + 1])]
+            _spoil_beyond(cache[table[row, blocks - 1]], layout, size, self.lengths[row][0] - (blocks - 1) * size)
+        lens = torch.tensor([length for length, _ in self.lengths], dtype=torch.int32)
+        starts = torch.tensor([0, *[new for _, new in self.lengths]]).cumsum(0).to(torch.int32)
+        tokens = int(starts[-1])
+        query = torch.randn(tokens + self.padding, self.kv_heads * self.group, layout.head_dim, generator=g)
+        query = query.to(self.dtype)
+        rotation = None
+        if self.rotated:
+            rotation = torch.linalg.qr(torch.randn(layout.head_dim, layout.head_dim, generator=g))[0].contiguous()
+        scale = layout.head_dim**-0.5
+        cases = (torch.float32, torch.float64)
+        same, exact = (
+            reference.attention(query, cache, table, lens, starts, rotation, scale, layout, self.window, dtype)[:tokens]
+            for dtype in cases
+        )
+        for isa in ISAS:
+            out = torch.full_like(query, UNTOUCHED)
+            with running(isa):
+                ops.attention(
+                    query, cache, out, table, lens, starts, rotation, scale, layout.high, layout.low_bits, self.window
+                )
+            assert_no_worse(out[:tokens], same.to(self.dtype), exact, floor=3e-7)
+            assert (out[tokens:] == UNTOUCHED).all(), isa
+
+
+def _spoil_beyond(block: torch.Tensor, layout: KVLayout, size: int, used: int) -> None:
+    """NaN scales for the tokens that were never written."""
+    at = layout.planes(size)
+    scales = block.view(block.shape[0], -1)[:, at.scales : at.zeros].view(torch.float16)
+    scales.view(block.shape[0], 2, layout.parts, size)[..., used:] = float("nan")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    lengths=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 40)), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 8]),
+    block_size=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    window=st.sampled_from([-1, -1, 1, 7, 64]),
+    rotated=st.booleans(),
+    padding=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_any_batch(
+    layout: KVLayout,
+    lengths: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int,
+    rotated: bool,
+    padding: int,
+    seed: int,
+) -> None:
+    lengths = [(max(length, new), new) for length, new in lengths]
+    Batch(layout, lengths, kv_heads, group, block_size, seed, dtype, window, rotated, padding).run()
+
+
+@pytest.mark.parametrize("layout", [KVLayout(64, 8), KVLayout(128, 16)])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(150, 150)], [(300, 60)], [(1, 1)], [(257, 1), (64, 1), (16, 1), (33, 1)]],
+    ids=["prefill", "chunked_prefill", "first_token", "decode"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_phases(layout: KVLayout, lengths: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    Batch(layout, lengths, 2, 4, 32, seed=5, dtype=dtype).run()
+
+
+@pytest.mark.parametrize("window", [-1, 700])
+@pytest.mark.parametrize("new", [1, 5])
+def test_long_context_is_split_and_merged(new: int, window: int) -> None:
+    threads = torch.get_num_threads()
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        try:
+            Batch(KVLayout(64, 8), [(2500, new)], 1, 4, 128, seed=6, window=window).run()
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_more_heads_than_a_tile_has_rows() -> None:
+    Batch(KVLayout(32, 4), [(40, 3)], 1, 71, 16, seed=7).run()
+
+
+def test_chunks_agree_with_one_prefill() -> None:
+    layout, size, tokens = KVLayout(64, 8), 16, 90
+    cache = random_cache(layout, 6, 2, size, 8)
+    query = torch.randn(tokens, 8, 64, generator=generator(8))
+    table = torch.arange(6, dtype=torch.int32)[None]
+
+    def run(first: int, last: int) -> torch.Tensor:
+        out = torch.empty(last - first, 8, 64)
+        lens, starts = torch.tensor([last], dtype=torch.int32), torch.tensor([0, last - first], dtype=torch.int32)
+        ops.attention(query[first:last], cache, out, table, lens, starts, None, 0.125, 8, 4)
+        return out
+
+    whole = run(0, tokens)
+    pieces = torch.cat([run(0, 33), run(33, 34), run(34, 80), run(80, tokens)])
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+
+
+def test_strided_query_output_and_cache() -> None:
+    layout = KVLayout(64, 8)
+    wide_cache = random_cache(layout, 6, 4, 16, 9).view(3, 2, 4, 16, -1)
+    cache = wide_cache[:, 1, ::2]
+    fused = torch.randn(5, 12, 64, generator=generator(9))
+    query, wide_out = fused[:, :8], torch.full((5, 16, 64), UNTOUCHED)
+    arguments = (torch.tensor([[2, 0, 1]]).int(), torch.tensor([40]).int(), torch.tensor([0, 5]).int(), None, 0.2)
+    ops.attention(query, cache, wide_out[:, ::2], *arguments, 8, 4)
+    expected = torch.empty(5, 8, 64)
+    ops.attention(query.contiguous(), cache.contiguous(), expected, *arguments, 8, 4)
+    assert torch.equal(wide_out[:, ::2], expected)
+    assert (wide_out[:, 1::2] == UNTOUCHED).all()
+
+
+def test_sequences_without_new_tokens_are_skipped() -> None:
+    cache = random_cache(KVLayout(64, 8), 1, 1, 16, 10)
+    query, out = torch.randn(1, 1, 64), torch.full((1, 1, 64), UNTOUCHED)
+    table = torch.tensor([[-1], [0], [-1]]).int()
+    lens, starts = torch.tensor([0, 9, 16]).int(), torch.tensor([0, 0, 1, 1]).int()
+    ops.attention(query, cache, out, table, lens, starts, None, 0.125, 8, 4)
+    assert out.isfinite().all()
+    assert (out != UNTOUCHED).all()
+    ops.attention(query[:0], cache, out[:0], table[:0], lens[:0], starts[:1], None, 0.125, 8, 4)
+
+
+def test_huge_scores_do_not_overflow() -> None:
+    layout = KVLayout(64, 8)
+    cache = random_cache(layout, 4, 1, 16, 11)
+    query = torch.randn(3, 2, 64, generator=generator(11)) * 1e4
+    table, lens, starts = torch.arange(4).int()[None], torch.tensor([60]).int(), torch.tensor([0, 3]).int()
+    expected = reference.attention(query, cache, table, lens, starts, None, 1.0, layout, dtype=torch.float64)
+    for isa in ISAS:
+        out = torch.empty(3, 2, 64)
+        with running(isa):
+            ops.attention(query, cache, out, table, lens, starts, None, 1.0, 8, 4)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments_are_named() -> None:
+    layout = KVLayout(64, 8)
+    cache = random_cache(layout, 2, 2, 16, 12)
+    query = torch.randn(2, 4, 64)
+    table, lens, starts = torch.tensor([[0, 1]]).int(), torch.tensor([20]).int(), torch.tensor([0, 2]).int()
+
+    def call(
+        query: torch.Tensor = query,
+        table: torch.Tensor = table,
+        lens: torch.Tensor = lens,
+        starts: torch.Tensor = starts,
+        window: int = -1,
+    ) -> None:
+        ops.attention(query, cache, torch.empty_like(query), table, lens, starts, None, 0.1, 8, 4, window)
+
+    call()
+    for message, arguments in {
+        "sequence 0: block_table names block 2 of 2": {"table": table + 1},
+        "block_table is too short for its length 33": {"lens": lens + 13},
+        "sequence 0 has more new tokens than its seq_lens 1": {"lens": lens - 19},
+        "query_start_loc is not ascending within query's 2 tokens": {"starts": starts + 1},
+        "query's 3 heads are no multiple of the cache's 2 kv heads": {"query": query[:, :3]},
+        "seq_lens must be int32": {"lens": lens.long()},
+        "sliding_window must be positive": {"window": 0},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call(**arguments)  # type: ignore[arg-type]

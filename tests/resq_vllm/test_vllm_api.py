@@ -1,0 +1,204 @@
+"""What the plugin assumes of each vLLM symbol. A failure here names what a new vLLM release has changed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from resq_vllm import vllm_api
+from resq_vllm.errors import ResQError
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(vllm_api.SYMBOLS))
+def test_symbol_exists(name: str) -> None:
+    assert getattr(vllm_api, name) is not None
+
+
+def test_quantization_config_hooks() -> None:
+    base = vllm_api.QuantizationConfig
+    assert base.__abstractmethods__ == {
+        "get_name",
+        "get_supported_act_dtypes",
+        "get_min_capability",
+        "get_config_filenames",
+        "from_config",
+        "get_quant_method",
+    }
+    assert parameters(base.get_quant_method) == ["self", "layer", "prefix"]
+    assert parameters(base.maybe_update_config)[:3] == ["self", "model_name", "hf_config"]
+    assert parameters(base.apply_vllm_mapper) == ["self", "hf_to_vllm_mapper"]
+    assert ".k_scale" in base._ignore_unexpected_suffixes
+
+
+def test_linear_method_contract() -> None:
+    base = vllm_api.LinearMethodBase
+    assert base.__abstractmethods__ == {"create_weights", "apply"}
+    assert parameters(base.create_weights) == [
+        "self",
+        "layer",
+        "input_size_per_partition",
+        "output_partition_sizes",
+        "input_size",
+        "output_size",
+        "params_dtype",
+        "extra_weight_attrs",
+    ]
+    assert parameters(base.apply) == ["self", "layer", "x", "bias"]
+
+
+def test_linear_base_keeps_its_prefix_for_error_messages() -> None:
+    assert "self.prefix = prefix" in inspect.getsource(vllm_api.LinearBase.__init__)
+
+
+def test_parameter_classes_take_dims_and_a_loader() -> None:
+    assert issubclass(vllm_api.ModelWeightParameter, vllm_api.ChannelQuantScaleParameter.__mro__[1])
+    for cls in (vllm_api.ModelWeightParameter, vllm_api.ChannelQuantScaleParameter):
+        for loader in ("load_column_parallel_weight", "load_row_parallel_weight", "load_qkv_weight"):
+            assert callable(getattr(cls, loader))
+
+
+def test_attention_attributes_that_the_kv_method_reads() -> None:
+    source = inspect.getsource(vllm_api.Attention.__init__)
+    before_kv_method = source[: source.index("_init_kv_cache_quant(self")]
+    for attribute in (
+        "attn_backend",
+        "impl",
+        "backend",
+        "num_heads",
+        "num_kv_heads",
+        "head_size",
+        "head_size_v",
+        "sliding_window",
+        "has_sink",
+        "use_mm_prefix",
+        "attn_type",
+        "kv_cache_dtype",
+        "kv_cache_torch_dtype",
+        "kv_sharing_target_layer_name",
+        "layer_name",
+    ):
+        assert f"self.{attribute} =" in before_kv_method or f"self.{attribute}:" in before_kv_method, attribute
+
+
+def test_attention_asks_the_swapped_backend_for_its_page() -> None:
+    assert "return self.attn_backend" in inspect.getsource(vllm_api.Attention.get_attn_backend)
+    assert parameters(vllm_api.AttentionBackend.customize_spec) == ["spec"]
+    assert {"state_content_bytes", "dtype", "block_size"} <= {f.name for f in fields(vllm_api.AttentionSpec)}
+
+
+def test_attention_backend_contract() -> None:
+    base = vllm_api.AttentionBackend
+    assert base.__abstractmethods__ == {"get_name", "get_impl_cls", "get_builder_cls"}
+    assert parameters(base.get_supported_kernel_block_sizes) == ["kv_cache_spec"]
+    assert vllm_api.KVCacheLayout.LBHNC is not None
+    assert vllm_api.MultipleOf(16).base == 16
+    assert vllm_api.AttentionBackendEnum.CUSTOM is not None
+
+
+def test_metadata_builder_contract() -> None:
+    base = vllm_api.AttentionMetadataBuilder
+    assert parameters(base.__init__) == ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"]
+    assert parameters(base.build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]
+    assert {
+        "query_start_loc",
+        "seq_lens",
+        "num_actual_tokens",
+        "block_table_tensor",
+        "slot_mapping",
+        "causal",
+    } <= {f.name for f in fields(vllm_api.CommonAttentionMetadata)}
+
+
+def test_attention_impl_contract() -> None:
+    base = vllm_api.AttentionImpl
+    assert parameters(base.forward) == [
+        "self",
+        "layer",
+        "query",
+        "key",
+        "value",
+        "kv_cache",
+        "attn_metadata",
+        "output",
+        "output_scale",
+        "output_block_scale",
+    ]
+    import vllm.model_executor.layers.attention.attention as attention
+
+    source = inspect.getsource(attention.unified_kv_cache_update)
+    assert "impl.do_kv_cache_update(" in source
+
+
+def test_kv_cache_method_contract() -> None:
+    assert parameters(vllm_api.BaseKVCacheMethod.create_weights) == ["self", "layer"]
+
+
+def test_small_functions() -> None:
+    assert parameters(vllm_api.set_weight_attrs) == ["weight", "weight_attrs"]
+    assert vllm_api.extract_layer_index("model.layers.7.self_attn.attn") == 7
+    assert parameters(vllm_api.get_layers_from_vllm_config)[:2] == ["vllm_config", "layer_type"]
+    assert vllm_api.current_platform.is_cpu()
+    assert vllm_api.AttentionType.DECODER == "decoder"
+    assert {"quant_config", "load_config", "cache_config"} <= {f.name for f in fields(vllm_api.VllmConfig)}
+    for function in (vllm_api.get_tensor_model_parallel_rank, vllm_api.get_tensor_model_parallel_world_size):
+        assert parameters(function) == []
+    assert parameters(vllm_api.get_current_vllm_config) == []
+
+
+def test_installed_version_is_a_tested_one(caplog: pytest.LogCaptureFixture) -> None:
+    assert vllm_api.vllm_version().startswith(vllm_api.TESTED_VERSIONS)
+    with caplog.at_level(logging.WARNING):
+        vllm_api.check_version()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0+cpu", "dev"])
+def test_other_version_warns_once(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(vllm_api, "log_once", lambda level, message: lines.append(message))
+    monkeypatch.setattr(vllm_api, "vllm_version", lambda: version)
+    vllm_api.check_version()
+    assert len(lines) == 1
+    assert version in lines[0]
+    assert "0.32 and 0.33" in lines[0]
+
+
+def test_unknown_symbol_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Nonsense"):
+        _ = vllm_api.Nonsense
+
+
+def test_symbol_that_vllm_moved_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vllm_api.SYMBOLS, "Moved", "vllm.config")
+    with pytest.raises(ResQError, match=r"vLLM .* has no vllm.config.Moved, which resq-vllm needs: install vLLM 0.32"):
+        _ = vllm_api.Moved
+    monkeypatch.setitem(vllm_api.SYMBOLS, "Moved", "vllm.no_such_module")
+    with pytest.raises(ResQError, match=r"has no vllm.no_such_module"):
+        _ = vllm_api.Moved
+
+
+def test_missing_vllm_is_one_sentence() -> None:
+    code = (
+        "import sys\n"
+        "class NoVllm:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'vllm':\n"
+        "            raise ModuleNotFoundError('No module named vllm', name='vllm')\n"
+        "sys.meta_path.insert(0, NoVllm())\n"
+        "from resq_vllm.errors import ResQError\n"
+        "try:\n"
+        "    import resq_vllm.plugin\n"
+        "except ResQError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "vLLM is not installed: install vLLM 0.32 or 0.33" in done.stdout

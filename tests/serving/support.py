@@ -1,0 +1,56 @@
+"""Questions to a server: greedy text, likelihoods of a text, and counters."""
+
+from __future__ import annotations
+
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+
+from benchmarks.client import connect, served_name
+from benchmarks.server import VLLMServer
+
+
+def greedy(client: openai.OpenAI, prompt: str, tokens: int = 24) -> str:
+    """Exactly ``tokens`` tokens after ``prompt``, the most likely one each time."""
+    answer = client.completions.create(
+        model=served_name(client),
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == tokens
+    return answer.choices[0].text
+
+
+def greedy_at_once(client: openai.OpenAI, prompts: list[str], tokens: int = 24) -> list[str]:
+    """The same for all prompts, in flight together."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: greedy(client, prompt, tokens), prompts))
+
+
+def log_likelihoods(server: VLLMServer, text: str) -> list[float]:
+    """log p of every token of ``text`` but the first, given those before it."""
+    client = connect(server.api_url)
+    answer = client.completions.create(
+        model=served_name(client), prompt=text, max_tokens=1, temperature=0, echo=True, logprobs=1
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
+    values = found.token_logprobs[1:-1]  # nothing predicts the first token, and the last one is generated
+    return [value for value in values if value is not None]
+
+
+def perplexity(log_likelihood: list[float]) -> float:
+    return math.exp(-sum(log_likelihood) / len(log_likelihood))
+
+
+def counter(server: VLLMServer, name: str) -> float:
+    """Sum of a Prometheus counter over its labels."""
+    found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? ([0-9.e+]+)$", server.metrics_text(), re.MULTILINE)
+    assert found, f"the server has no metric {name}"
+    return sum(float(value) for value in found)
