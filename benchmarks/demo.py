@@ -39,8 +39,10 @@ RESQ = Path(sys.executable).with_name("resq")
 KV_CACHE_BYTES = 64 * 2**20
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
 PROMPTS_AT_ONCE = 8
-TOKENS_EACH = 64
+TOKENS_EACH = 128
 ROUNDS = 7
+# The processes of a vLLM server poll for a second after their last request, on the cores of the other server.
+SETTLE_SECONDS = 1.5
 QUESTION_TOKENS = 48
 PROMPT_CHARACTERS = 200
 # The bundled model knows Python sources: a chat message is a docstring to it, and its answer the code below.
@@ -207,7 +209,12 @@ def rate_of(server: VLLMServer, prompts: list[str]) -> Callable[[], float]:
     """The measurement of one server as a function without arguments: generated tokens per second."""
     with connect(server.api_url) as client:
         model_name = served_name(client)
-    return lambda: generation_rate(server.api_url, model_name, prompts, TOKENS_EACH)
+
+    def measure() -> float:
+        time.sleep(SETTLE_SECONDS)
+        return generation_rate(server.api_url, model_name, prompts, TOKENS_EACH)
+
+    return measure
 
 
 def relative(path: Path) -> str:

@@ -64,7 +64,7 @@ def rows(results: DemoResults) -> list[tuple[str, str, str, str]]:
             f"x {tokens['resq'] / tokens['bf16']:.2f}",
         ),
         (
-            "generated tokens/s, 8 requests",
+            "generated tokens/s, 8 at once",
             f"{rate['median']['bf16']:.0f}",
             f"{rate['median']['resq']:.0f}",
             f"x {rate['ratio']['resq']:.2f} (median of pairs)",

@@ -34,7 +34,7 @@ def test_rows_put_resq_against_bf16() -> None:
     assert by_name["perplexity, through vLLM"] == ("10.000", "12.500", "x 1.250")
     assert by_name["checkpoint"] == ("10.00 MB", "5.00 MB", "x 0.50")
     assert by_name["KV-cache tokens in 64 MiB"] == ("20,000", "60,000", "x 3.00")
-    assert by_name["generated tokens/s, 8 requests"] == ("100", "120", "x 1.25 (median of pairs)")
+    assert by_name["generated tokens/s, 8 at once"] == ("100", "120", "x 1.25 (median of pairs)")
 
 
 def test_report_prints_every_row() -> None:
