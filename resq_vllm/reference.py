@@ -38,7 +38,8 @@ def quantize_asymmetric(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 def block_hadamard(x: torch.Tensor, groups: int) -> torch.Tensor:
     """Each of ``groups`` equal blocks of the last dim times (H_k ⊗ H_{2^m})/sqrt(n), in x's dtype (paper §3, U_D).
 
-    x: [..., groups·n]. The Kronecker product acts on a block as a [k, 2^m] matrix: H_k on its rows, H_{2^m} on its columns.
+    x: [..., groups·n]. The Kronecker product acts on a block as a [k, 2^m] matrix: H_k on its rows, H_{2^m} on its
+    columns.
     """
     n = x.shape[-1] // groups
     k = hadamard_order(n)

@@ -161,7 +161,10 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: Pat
     destination.mkdir(parents=True, exist_ok=True)
     copy = LlamaForCausalLM(model_config()).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
-    copy.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=3)
+    # Greedy text of a model this small soon repeats itself; servers take these as their defaults.
+    copy.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=1, pad_token_id=3, do_sample=True, temperature=0.7, top_p=0.9
+    )
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         temporary = Path(folder)
         copy.save_pretrained(temporary)

@@ -31,8 +31,10 @@ class CheckpointWriter:
     index file, even a single one: loaders that glob ``*.safetensors`` then leave the saved bases alone.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
-        """Claim ``directory``.
+    def __init__(
+        self, directory: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES, scratch: Path | None = None
+    ) -> None:
+        """Claim ``directory``. ``scratch``: a folder of the same disk for the temporary one, by default its parent.
 
         Raises ResQError when it exists already, when ``max_shard_bytes`` is not positive, or when its parent cannot be
         written.
@@ -50,7 +52,7 @@ class CheckpointWriter:
         parent = self.directory.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self.partial = Path(tempfile.mkdtemp(prefix=f"{self.directory.name}.partial-", dir=parent))
+            self.partial = Path(tempfile.mkdtemp(prefix=f"{self.directory.name}.partial-", dir=scratch or parent))
         except OSError as error:
             raise ResQError(f"cannot write to {parent} ({error.strerror}); choose another output folder") from error
 

@@ -51,15 +51,16 @@ def publish(
     layer_tensors: Callable[[int], dict[str, torch.Tensor]],
     basis: Path,
     card: str,
+    scratch: Path,
 ) -> Path:
-    """Write everything to a temporary folder beside ``output`` and rename it.
+    """Write everything to a temporary folder in ``scratch`` (of the same disk) and rename it to ``output``.
 
     top: embedding, final norm and lm_head in the model's dtype; layer_tensors: checkpoint tensors of a layer, asked
     for one layer at a time; basis: the finished bases file; card: text of README.md. Raises ResQError when the disk is
     full or ``output`` has appeared meanwhile; nothing is left behind then.
     """
     adapter = source.adapter
-    with CheckpointWriter(output) as writer:
+    with CheckpointWriter(output, scratch=scratch) as writer:
         writer.add({adapter.embedding: top[adapter.embedding]})
         for index in range(adapter.num_layers):
             writer.add(layer_tensors(index))

@@ -110,6 +110,8 @@ class _Run:
             lambda index: self.work.load(_step(index)),
             self.work.path / FILE_NAME,
             model_card(self.source, self.metadata, self.options.output.name, before, after),
+            # A run that is killed here leaves its half-written folder where --resume cleans up.
+            self.work.path,
         )
 
     def bases(self) -> Bases:

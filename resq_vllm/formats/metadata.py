@@ -113,8 +113,8 @@ class QuantizationMetadata(_Strict):
         version = config.get("format_version")
         if version != FORMAT_VERSION:
             raise ResQError(
-                f"{source}: format_version {version!r} is unknown to this release, which reads format {FORMAT_VERSION}; "
-                "install a resq-vllm that knows it, or quantize the model again with this one"
+                f"{source}: format_version {version!r} is unknown to this release, which reads format "
+                f"{FORMAT_VERSION}; install a resq-vllm that knows it, or quantize the model again with this one"
             )
         try:
             return cls.model_validate(config)

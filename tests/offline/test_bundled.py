@@ -35,7 +35,7 @@ from offline.bundled.train import (
 )
 from resq_vllm.errors import ResQError
 
-HELDOUT_PERPLEXITY = 31.29  # measured in float32; README.md
+HELDOUT_PERPLEXITY = 23.11  # measured in float32; README.md
 TOLERANCE = 1.02
 
 
@@ -169,19 +169,33 @@ def test_chat_template_asks_by_docstring() -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["import os\n\ndef read_file(path):\n", "class Stack:\n    def __init__(self):\n", '"""Parse a date."""\n'],
+    [
+        'import os\n\ndef read_file(path):\n    """Return the text of a file."""\n',
+        'class Stack:\n    """A stack."""\n\n    def __init__(self):\n        self.items = []\n\n    def push(',
+        '"""Parse dates."""\n\nimport re\n\n',
+    ],
 )
-def test_greedy_completion_is_code_that_does_not_loop(prompt: str) -> None:
-    completion = complete(prompt)
+def test_sampled_completion_is_python_that_does_not_loop(prompt: str) -> None:
+    torch.manual_seed(0)
+    ids = tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    output = model().generate(ids, max_new_tokens=96, suppress_tokens=[tokenizer().eos_token_id])
+    completion = str(tokenizer().decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     words = completion.split()
-    assert len(words) >= 8
     assert len(set(words)) >= len(words) * 0.3, completion
-    assert any(mark in completion for mark in ("self", "return", "import", "def ", "with ", "raise"))
+    assert sum(mark in completion for mark in ("self", "return", "import", "def ", "with ", "raise", "=", "):")) >= 3
 
 
-def test_completion_knows_the_scope_it_is_in() -> None:
-    assert "self." in complete("class Stack:\n    def __init__(self):\n", tokens=12)
-    assert complete("from collections import OrderedDict, default", tokens=2).startswith("dict")
+@pytest.mark.parametrize(
+    ("prompt", "continuation"),
+    [
+        ("if __name__ ==", " '__main__':"),
+        ("        super().__init", "__("),
+        ("        except KeyError", ":"),
+        ("class Stack:\n    def __init__(self):\n        self", "."),
+    ],
+)
+def test_most_likely_continuation_is_idiomatic(prompt: str, continuation: str) -> None:
+    assert complete(prompt, tokens=8).startswith(continuation)
 
 
 def test_heldout_windows_begin_with_bos_and_do_not_overlap() -> None:

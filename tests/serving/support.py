@@ -10,6 +10,7 @@ import openai
 
 from benchmarks.client import connect, served_name
 from benchmarks.server import VLLMServer
+from offline.bundled import HELDOUT_TEXT
 
 
 def greedy(client: openai.OpenAI, prompt: str, tokens: int = 24) -> str:
@@ -47,6 +48,18 @@ def log_likelihoods(server: VLLMServer, text: str) -> list[float]:
 
 def perplexity(log_likelihood: list[float]) -> float:
     return math.exp(-sum(log_likelihood) / len(log_likelihood))
+
+
+def passages(count: int = 16, characters: int = 1200) -> list[str]:
+    """Pieces of the held-out text, spread over it: about 400 tokens each."""
+    text = HELDOUT_TEXT.read_text(encoding="utf-8")
+    step = (len(text) - characters) // count
+    return [text[i * step : i * step + characters] for i in range(count)]
+
+
+def served_perplexity(server: VLLMServer) -> float:
+    """Of all passages together."""
+    return perplexity([value for passage in passages() for value in log_likelihoods(server, passage)])
 
 
 def counter(server: VLLMServer, name: str) -> float:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.client import connect
 from benchmarks.server import VLLMServer
 from offline.bundled import HELDOUT_TEXT
-from tests.serving.support import counter, greedy, log_likelihoods, perplexity
+from tests.serving.support import counter, greedy, served_perplexity
 
 pytestmark = pytest.mark.serving
 
@@ -29,8 +29,8 @@ def test_explicit_cache_dtype_opts_out(server: VLLMServer, bf16_cache_server: VL
     log = bf16_cache_server.log_text()
     assert "ResQ: vLLM's own KV cache is used, because --kv-cache-dtype is bfloat16" in log
     assert "packed in" not in log
-    packed, plain = (perplexity(log_likelihoods(which, text())) for which in (server, bf16_cache_server))
-    assert packed == pytest.approx(plain, rel=0.05)
+    # What 4.5 bits of KV cost; vLLM's own cache is far closer to the specification without a cache than that.
+    assert served_perplexity(server) == pytest.approx(served_perplexity(bf16_cache_server), rel=0.02)
 
 
 def test_two_ranks_with_an_explicit_method(server: VLLMServer, two_rank_server: VLLMServer) -> None:
@@ -38,8 +38,7 @@ def test_two_ranks_with_an_explicit_method(server: VLLMServer, two_rank_server: 
     assert "tensor_parallel_size=2" in log
     assert log.count("ResQ: CPU kernels ") == 1
     assert two_rank_server.kv_tokens() == pytest.approx(2 * server.kv_tokens(), rel=0.01)
-    one, two = (perplexity(log_likelihoods(which, text())) for which in (server, two_rank_server))
-    assert two == pytest.approx(one, rel=0.05)
+    assert served_perplexity(two_rank_server) == pytest.approx(served_perplexity(server), rel=0.005)
     assert greedy(connect(two_rank_server.api_url), text()[:300]).strip()
 
 
