@@ -29,7 +29,7 @@ def test_explicit_cache_dtype_opts_out(server: VLLMServer, bf16_cache_server: VL
     log = bf16_cache_server.log_text()
     assert "ResQ: vLLM's own KV cache is used, because --kv-cache-dtype is bfloat16" in log
     assert "packed in" not in log
-    # What 4.5 bits of KV cost; vLLM's own cache is far closer to the specification without a cache than that.
+    # The same weights and activations: only the 4.5-bit cache differs.
     assert served_perplexity(server) == pytest.approx(served_perplexity(bf16_cache_server), rel=0.02)
 
 
