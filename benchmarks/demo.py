@@ -106,7 +106,10 @@ def quantize(console: Console, cache: ResultCache, key: str) -> float:
         # Half-done work of an interrupted run: from scratch, so that the seconds below are those of a whole run.
         WorkFolder.beside(CHECKPOINT).remove()
         cache.forget("quantize")
-        console.print(f"quantizing the bundled model: resq quantize {relative(MODEL_DIR)} -o {relative(CHECKPOINT)}")
+        console.print(
+            f"quantizing the bundled model: resq quantize {relative(MODEL_DIR)} -o {relative(CHECKPOINT)}",
+            soft_wrap=True,
+        )
 
     def work() -> float:
         started = time.perf_counter()
@@ -121,7 +124,9 @@ def evaluate(console: Console, cache: ResultCache, key: str, wanted: Evaluation)
     """Perplexity of one evaluation on the bundled held-out text."""
 
     def work() -> float:
-        console.print(f"evaluating {wanted.name}: resq eval {relative(wanted.model)} {' '.join(wanted.flags)}")
+        console.print(
+            f"evaluating {wanted.name}: resq eval {relative(wanted.model)} {' '.join(wanted.flags)}", soft_wrap=True
+        )
         answer = DEMO / "logs" / f"{wanted.name}.json"
         answer.unlink(missing_ok=True)
         arguments = ("eval", str(wanted.model), *wanted.flags, "--dataset", "bundled", "--json", str(answer))
@@ -191,7 +196,9 @@ def serve_and_measure(console: Console) -> tuple[dict[str, int], dict[str, Any],
     with contextlib.ExitStack() as stack:
         servers: dict[str, VLLMServer] = {}
         for name, model in (("resq", CHECKPOINT), ("bf16", MODEL_DIR)):
-            console.print(f"starting {name}: vllm serve {relative(model)} {' '.join(FLAGS)}", highlight=False)
+            console.print(
+                f"starting {name}: vllm serve {relative(model)} {' '.join(FLAGS)}", highlight=False, soft_wrap=True
+            )
             log = DEMO / "logs" / f"serve-{name}.log"
             servers[name] = stack.enter_context(VLLMServer(model, *FLAGS, log=log))
         kv_tokens = {name: server.kv_tokens() for name, server in servers.items()}
@@ -268,8 +275,9 @@ def main() -> int:
     print_report(console, results)
     console.print(
         f"\nServe it again: [bold]{relative(RESQ.with_name('vllm'))} serve {relative(CHECKPOINT)}[/]"
-        f"   (figures: {relative(DEMO / 'results.json')}, logs: {relative(DEMO / 'logs')})",
+        f"\nFigures: {relative(DEMO / 'results.json')}, logs: {relative(DEMO / 'logs')}",
         highlight=False,
+        soft_wrap=True,
     )
     return 0
 

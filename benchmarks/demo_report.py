@@ -33,43 +33,29 @@ class DemoResults:
         return asdict(self)
 
 
-def megabytes(count: int) -> str:
-    """Bytes as MB with two decimals."""
-    return f"{count / 1e6:.2f} MB"
+Row = tuple[str, str, str, str, str]
 
 
-def rows(results: DemoResults) -> list[tuple[str, str, str, str]]:
-    """Lines of the table: quantity, bf16, ResQ, and how ResQ compares."""
-    ppl, rate = results.perplexity, results.tokens_per_second
+def _row(quantity: str, bf16: float, resq: float, form: str, naive: float | None = None) -> Row:
+    shown = "" if naive is None else format(naive, form)
+    return quantity, format(bf16, form), shown, format(resq, form), f"x {resq / bf16:.3f}"
+
+
+def rows(results: DemoResults) -> list[Row]:
+    """Lines of the table: quantity, bf16, naive rounding to 4 bits where it was measured, ResQ, ResQ against bf16."""
+    perplexity, rate = results.perplexity, results.tokens_per_second
     size, tokens = results.checkpoint_bytes, results.kv_cache_tokens
+    naive = perplexity["naive_rtn_reference"]
     cache = f"{results.kv_cache_bytes / 2**20:.0f} MiB"
-    return [
-        (
-            "perplexity, reference",
-            f"{ppl['bf16_reference']:.3f}",
-            f"{ppl['resq_reference']:.3f}",
-            f"naive W4A4KV4 {ppl['naive_rtn_reference']:.3f}",
-        ),
-        (
-            "perplexity, through vLLM",
-            f"{ppl['bf16_vllm']:.3f}",
-            f"{ppl['resq_vllm']:.3f}",
-            f"x {ppl['resq_vllm'] / ppl['bf16_vllm']:.3f}",
-        ),
-        ("checkpoint", megabytes(size["bf16"]), megabytes(size["resq"]), f"x {size['resq'] / size['bf16']:.2f}"),
-        (
-            f"KV-cache tokens in {cache}",
-            f"{tokens['bf16']:,}",
-            f"{tokens['resq']:,}",
-            f"x {tokens['resq'] / tokens['bf16']:.2f}",
-        ),
-        (
-            "generated tokens/s, 8 at once",
-            f"{rate['median']['bf16']:.0f}",
-            f"{rate['median']['resq']:.0f}",
-            f"x {rate['ratio']['resq']:.2f} (median of pairs)",
-        ),
+    lines = [
+        _row("perplexity in torch", perplexity["bf16_reference"], perplexity["resq_reference"], ".3f", naive),
+        _row("perplexity in vLLM", perplexity["bf16_vllm"], perplexity["resq_vllm"], ".3f"),
+        _row("checkpoint, MB", size["bf16"] / 1e6, size["resq"] / 1e6, ".2f"),
+        _row(f"KV tokens in {cache}", tokens["bf16"], tokens["resq"], ",d"),
     ]
+    # Not the quotient of the two medians: the ratio is taken round by round, and its median is shown.
+    bf16, ours = (format(rate["median"][name], ".0f") for name in ("bf16", "resq"))
+    return [*lines, ("tokens/s, 8 requests", bf16, "", ours, f"x {rate['ratio']['resq']:.3f}")]
 
 
 def print_report(console: Console, results: DemoResults) -> None:
@@ -77,8 +63,9 @@ def print_report(console: Console, results: DemoResults) -> None:
     table = Table(title=f"the bundled model in vLLM, {results.date}")
     table.add_column("")
     table.add_column("bf16", justify="right")
-    table.add_column("ResQ W4A4KV4, 1/8 at 8 bits", justify="right")
-    table.add_column("ResQ against bf16", justify="right")
+    table.add_column("naive W4A4", justify="right")
+    table.add_column("ResQ", justify="right")
+    table.add_column("ResQ / bf16", justify="right")
     for row in rows(results):
         table.add_row(*row)
     console.print()

@@ -98,7 +98,7 @@ def row(shape: str, work: Workload, measured: Comparison) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The report for a terminal."""
     view = Table(title="vllm bench throughput, random weights, tokens/s (medians)")
-    for name in ("shape", "workload", "prompt+output", BASELINE, "ResQ", "ResQ / bf16 (median of pairs)"):
+    for name in ("shape", "workload", "prompt+output", BASELINE, "ResQ", "ResQ / bf16"):
         view.add_column(name, justify="left" if name in ("shape", "workload") else "right")
     for line in rows:
         rates = line["tokens_per_second"]

@@ -30,11 +30,11 @@ RESULTS = DemoResults(
 
 def test_rows_put_resq_against_bf16() -> None:
     by_name = {row[0]: row[1:] for row in rows(RESULTS)}
-    assert by_name["perplexity, reference"] == ("10.000", "12.000", "naive W4A4KV4 40.000")
-    assert by_name["perplexity, through vLLM"] == ("10.000", "12.500", "x 1.250")
-    assert by_name["checkpoint"] == ("10.00 MB", "5.00 MB", "x 0.50")
-    assert by_name["KV-cache tokens in 64 MiB"] == ("20,000", "60,000", "x 3.00")
-    assert by_name["generated tokens/s, 8 at once"] == ("100", "120", "x 1.25 (median of pairs)")
+    assert by_name["perplexity in torch"] == ("10.000", "40.000", "12.000", "x 1.200")
+    assert by_name["perplexity in vLLM"] == ("10.000", "", "12.500", "x 1.250")
+    assert by_name["checkpoint, MB"] == ("10.00", "", "5.00", "x 0.500")
+    assert by_name["KV tokens in 64 MiB"] == ("20,000", "", "60,000", "x 3.000")
+    assert by_name["tokens/s, 8 requests"] == ("100", "", "120", "x 1.250")
 
 
 def test_report_prints_every_row() -> None:

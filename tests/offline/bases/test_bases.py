@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from offline.bases.bases import FILE_NAME, SITES, Bases
 from offline.calibrate.moments import ModelMoments, SecondMoments
+from offline.calibrate.storage import save_tensors
 from resq_vllm.errors import ResQError
 
 D, HD, KV, LAYERS = 32, 8, 2, 3
@@ -163,6 +164,6 @@ def test_damaged_basis(damage: str, tmp_path: Path) -> None:
         del tensors["key"]
     else:
         tensors["key"][1, 0, 0] = 9.0 if damage == "not orthogonal" else float("nan")
-    save_file(tensors, path, {"kind": "resq-basis-1", "fingerprint": "abc"})
+    save_tensors(path, tensors, {"kind": "resq-basis-1", "fingerprint": "abc"})
     with pytest.raises(ResQError, match="lacks 'key'" if damage == "lacks" else "key is not orthogonal"):
         Bases.load(path)
