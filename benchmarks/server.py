@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -23,6 +24,7 @@ from benchmarks.environment import vllm_environment
 LOG_TAIL_LINES = 25
 POLL_SECONDS = 0.25
 STOP_SECONDS = 20.0
+LEFTOVER_SECONDS = 3.0
 
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 # The server is on the loopback interface: a proxy named in the environment must not be asked for it.
@@ -161,13 +163,15 @@ class VLLMServer:
         process, self._process = self._process, None
         if process is None:
             return
-        _signal_group(process.pid, signal.SIGTERM)
         try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            _signal_group(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            # Python's resource tracker outlives the others and removes their shared memory: let it finish.
+            deadline = time.monotonic() + LEFTOVER_SECONDS
+            while _signal_group(process.pid, 0) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 5)
         finally:
-            # Also after a clean exit: an engine process may outlive the API server that started it.
             _signal_group(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -193,8 +197,10 @@ class VLLMServer:
         return tokens
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal (0: none) to a process group; whether it still has a process."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
-        return
+        return False
+    return True
