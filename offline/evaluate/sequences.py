@@ -113,7 +113,13 @@ def model_sequences(
 ) -> Sequences:
     """:func:`token_sequences` with the tokenizer and context length of the model in ``directory``."""
     context = context_length(directory)
-    tokenizer = load_tokenizer(directory)
+    return tokenizer_sequences(load_tokenizer(directory), dataset, context, seqlen, limit)
+
+
+def tokenizer_sequences(
+    tokenizer: Any, dataset: Dataset, context: int, seqlen: int | None = None, limit: int | None = None
+) -> Sequences:
+    """:func:`token_sequences` with a loaded tokenizer and a context length."""
 
     def encode(text: str) -> list[int]:
         # verbose=False: no warning about a text longer than the context, since it is cut afterwards.

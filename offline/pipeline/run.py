@@ -22,7 +22,7 @@ from offline.calibrate.moments import ModelMoments
 from offline.card import model_card
 from offline.evaluate.dataset import load_dataset
 from offline.evaluate.perplexity import Perplexity
-from offline.evaluate.sequences import Sequences, model_sequences
+from offline.evaluate.sequences import Sequences, tokenizer_sequences
 from offline.evaluate.streaming import streaming_perplexity
 from offline.models.runner import LayerRunner, make_batches
 from offline.models.source import ModelSource
@@ -60,12 +60,15 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
         options.seed,
         source.adapter.hidden_size,
     )
+    text = None
+    if options.eval_windows:
+        text = tokenizer_sequences(tokenizer, load_dataset("bundled"), context, limit=options.eval_windows)
     runner = LayerRunner(source, device=options.device)
     fingerprint = moments_fingerprint(runner, sequences)
     work = WorkFolder.beside(options.output)
     work.open({"tool": __version__, "model or calibration text": fingerprint} | options.deciding(), resume)
     with work.cleared_on_error(keep=resume):
-        _Run(options, source, metadata, runner, sequences, fingerprint, work).all()
+        _Run(options, source, metadata, runner, sequences, text, fingerprint, work).all()
     work.remove()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{options.output} is ready (peak memory {peak:.1f} GiB); serve it with: vllm serve {options.output}")
@@ -81,6 +84,7 @@ class _Run:
         metadata: QuantizationMetadata,
         runner: LayerRunner,
         sequences: list[torch.Tensor],
+        text: Sequences | None,
         fingerprint: str,
         work: WorkFolder,
     ) -> None:
@@ -90,6 +94,7 @@ class _Run:
         self.metadata = metadata
         self.runner = runner
         self.sequences = sequences
+        self.text = text
         self.fingerprint = fingerprint
         self.work = work
         self.quantizer = LayerQuantizer(runner, metadata, source.dtype, options.rtn)
@@ -101,7 +106,7 @@ class _Run:
         rotations = bases.compose(high_hidden, high_head, self.options.seed).to(self.runner.device)
         top = self.top_tensors(rotations)
         self.layers(rotations, top)
-        before, after = self.perplexities(rotations, top) if self.options.eval_windows else (None, None)
+        before, after = self.perplexities(rotations, top, self.text) if self.text else (None, None)
         publish(
             self.options.output,
             self.source,
@@ -161,9 +166,10 @@ class _Run:
                     self.work.save(_step(index), self.quantizer.quantize(index, fused, rotation.key.cpu(), hiddens))
                 update(index + 1, self.adapter.num_layers)
 
-    def perplexities(self, rotations: Rotations, top: dict[str, torch.Tensor]) -> tuple[Perplexity, Perplexity]:
+    def perplexities(
+        self, rotations: Rotations, top: dict[str, torch.Tensor], text: Sequences
+    ) -> tuple[Perplexity, Perplexity]:
         """Of the model and of the checkpoint, on the bundled held-out text, for the model card."""
-        text = self.evaluation_sequences()
         source, adapter = self.source, self.adapter
         with _bar("(3/3) measuring", 2 * adapter.num_layers) as update:
             before = streaming_perplexity(
@@ -188,9 +194,6 @@ class _Run:
             )
         print(f"perplexity {before.value:.3f} -> {after.value:.3f} on {after.tokens} tokens of the {after.dataset}")
         return before, after
-
-    def evaluation_sequences(self) -> Sequences:
-        return model_sequences(self.source.folder, load_dataset("bundled"), limit=self.options.eval_windows)
 
 
 def _step(index: int) -> str:
