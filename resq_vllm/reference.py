@@ -76,10 +76,14 @@ def quantize_activation(x: torch.Tensor, plan: LinearPlan) -> tuple[torch.Tensor
 
 def fake_quantize_activation(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
     """x̂ = s(q−z) in float32 and x's column order, after the online Hadamard: what the integer GEMM stands for."""
+    x = x.float()
+    return round_activation(block_hadamard(x, plan.hadamard_groups) if plan.hadamard_groups else x, plan)
+
+
+def round_activation(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
+    """x̂ = s(q−z) by activation group, of x float32 [..., K] as it is (its online Hadamard done)."""
     shape = x.shape
-    x = x.reshape(-1, shape[-1]).float()
-    if plan.hadamard_groups:
-        x = block_hadamard(x, plan.hadamard_groups)
+    x = x.reshape(-1, shape[-1])
     out = torch.empty_like(x)
     for group, bits in enumerate(plan.group_bits):
         columns = _group_columns(plan, group)
