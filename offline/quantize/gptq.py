@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from offline.quantize.weights import code_range, symmetric_scale
+from offline.quantize.weights import WeightGrid, code_range
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.plan import HIGH, LOW, LinearPlan
+from resq_vllm.formats.plan import LinearPlan
 
 logger = logging.getLogger("resq.quantize")
 
@@ -23,7 +23,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class HessianFactor:
-    """U of H⁻¹ = UᵀU for the damped Hessian of one input, in the plan's [low | high] order.
+    """U of H⁻¹ = UᵀU for the damped Hessian of one input, in the plan's part order (low first: `column_order`).
 
     Layers that share an input (q, k, v; gate, up) share this: the factorisation is the expensive part.
 
@@ -37,14 +37,9 @@ class HessianFactor:
     damping: float
 
 
-@dataclass(frozen=True)
-class GPTQResult:
-    """Codes int8 [N, K_low] and [N, K_high] and their scales float32 [N]."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    low_scale: torch.Tensor
-    high_scale: torch.Tensor
+def column_order(plan: LinearPlan) -> list[int]:
+    """x's column numbers part by part, lowest precision first: the order in which GPTQ visits them."""
+    return [column for part in sorted({s.part for s in plan.segments}) for column in plan.part_index(part)]
 
 
 def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING, name: str = "layer") -> HessianFactor:
@@ -52,7 +47,7 @@ def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING,
 
     Args:
         hessian: float32 or float64 [K, K] in x's column order (:mod:`offline.quantize.hessian`).
-        plan: gives the [low | high] order.
+        plan: gives the order of the columns.
         damping: added to the diagonal, as a share of its mean.
         name: the layer, for messages.
 
@@ -67,7 +62,7 @@ def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING,
             f"{name}: the calibration Hessian holds NaN or infinite values; check the model's weights, or quantize "
             "with --rtn"
         )
-    order = torch.tensor(plan.part_index(LOW) + plan.part_index(HIGH))
+    order = torch.tensor(column_order(plan))
     ordered = hessian[order][:, order]
     dead = ordered.diagonal() == 0
     ordered.diagonal()[dead] = 1
@@ -102,24 +97,17 @@ def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
     return upper if not int(failed) and bool(torch.isfinite(upper).all()) else None
 
 
-def gptq(
-    weight: torch.Tensor,
-    factor: HessianFactor,
-    low_columns: int,
-    low_bits: int = 4,
-    high_bits: int = 8,
-    clip: bool = True,
-    block: int = BLOCK,
-) -> GPTQResult:
-    """Quantize ``weight`` float32 [N, K], columns in [low | high] order, against its input's factor.
+def gptq(weight: torch.Tensor, factor: HessianFactor, grid: WeightGrid, block: int = BLOCK) -> torch.Tensor:
+    """Codes int8 [N, K] of ``weight`` float32 [N, K] on ``grid``, swept against its input's factor.
 
-    For column i: q = round(w_i), e = (w_i − s·q)/U_ii, and every later column j loses e·U_ij (GPTQ, algorithm 1).
+    Columns in the factor's order (lowest precision first). For column i: q = round(w_i), e = (w_i − s·q)/U_ii, and
+    every later column j loses e·U_ij (GPTQ, algorithm 1).
     """
     columns = weight.shape[1]
     if factor.upper.shape[0] != columns:
         raise ResQError(f"a Hessian of {factor.upper.shape[0]} columns does not fit a weight of {columns}")
-    low_scale = symmetric_scale(weight[:, :low_columns], low_bits, clip)
-    high_scale = symmetric_scale(weight[:, low_columns:], high_bits, clip)
+    rows = grid.row.tolist()
+    ranges = [code_range(bits) for bits in grid.bits]
     # Transposed, a column of the weight is contiguous: the sweep reads and writes one at a time.
     rest = weight.T.contiguous().clone()
     codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
@@ -129,13 +117,11 @@ def gptq(
         upper = whole[start:stop, start:stop]
         errors = torch.empty(stop - start, weight.shape[0], device=rest.device)
         for i in range(stop - start):
-            is_low = start + i < low_columns
-            scale = low_scale if is_low else high_scale
-            column = rest[start + i]
-            rounded = (column / scale).round_().clamp_(*code_range(low_bits if is_low else high_bits))
+            row = rows[start + i]
+            scale, column = grid.scale[row], rest[start + i]
+            rounded = (column / scale).round_().clamp_(*ranges[row])
             codes[start + i] = rounded
             errors[i] = (column - rounded * scale) / upper[i, i]
             rest[start + i + 1 : stop].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
         rest[stop:].addmm_(whole[start:stop, stop:].T, errors, alpha=-1)
-    low, high = codes[:low_columns].T.contiguous(), codes[low_columns:].T.contiguous()
-    return GPTQResult(low, high, low_scale, high_scale)
+    return codes.T.contiguous()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from offline.quantize.gptq import HessianFactor, factorise, gptq
-from offline.quantize.rtn import rtn
+from offline.quantize.gptq import HessianFactor, column_order, factorise, gptq
+from offline.quantize.weights import WeightGrid
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import HIGH, LOW, LinearPlan
 
@@ -72,23 +73,35 @@ def quantize_linear(
     Raises ResQError naming the layer when shapes disagree or the weight or the Hessian is unusable.
 
     """
+    codes, grid = quantize_parts(weight, hessian, plan, (low_bits, high_bits), clip, name)
+    low_columns, _ = plan.part_columns
+    low_scale, high_scale = (
+        scale if columns else torch.zeros_like(scale)
+        for scale, columns in zip(grid.scale, plan.part_columns, strict=True)
+    )
+    low, high = codes[:, :low_columns].contiguous(), codes[:, low_columns:].contiguous()
+    return QuantizedLinear(low, high, low_scale, high_scale, plan, low_bits, high_bits)
+
+
+def quantize_parts(
+    weight: torch.Tensor,
+    hessian: torch.Tensor | HessianFactor | None,
+    plan: LinearPlan,
+    bits: Sequence[int],
+    clip: bool = True,
+    name: str = "layer",
+) -> tuple[torch.Tensor, WeightGrid]:
+    """As :func:`quantize_linear`, for any number of parts with ``bits[part]`` bits each.
+
+    Returns codes int8 [N, K] in part order (:func:`offline.quantize.gptq.column_order`) and their grid.
+    """
     if weight.shape[1] != plan.columns:
         raise ResQError(f"{name}: the weight has {weight.shape[1]} input columns where the plan has {plan.columns}")
     if not bool(torch.isfinite(weight).all()):
         raise ResQError(f"{name}: the weight holds NaN or infinite values; check the model's files")
-    low_index, high_index = plan.part_index(LOW), plan.part_index(HIGH)
-    weight = weight.float()
-    low_scale: torch.Tensor
+    ordered = weight.float()[:, column_order(plan)]
+    grid = WeightGrid.of_parts(ordered, [len(plan.part_index(part)) for part in range(len(bits))], bits, clip)
     if hessian is None:
-        low, low_scale = rtn(weight[:, low_index], low_bits, clip)
-        high, high_scale = rtn(weight[:, high_index], high_bits, clip)
-    else:
-        factor = hessian if isinstance(hessian, HessianFactor) else factorise(hessian, plan, name=name)
-        ordered = weight[:, low_index + high_index]
-        result = gptq(ordered, factor, len(low_index), low_bits, high_bits, clip)
-        low, high, low_scale, high_scale = result.low, result.high, result.low_scale, result.high_scale
-    if not low_index:
-        low_scale = torch.zeros_like(low_scale)
-    if not high_index:
-        high_scale = torch.zeros_like(high_scale)
-    return QuantizedLinear(low, high, low_scale, high_scale, plan, low_bits, high_bits)
+        return grid.round(ordered), grid
+    factor = hessian if isinstance(hessian, HessianFactor) else factorise(hessian, plan, name=name)
+    return gptq(ordered, factor, grid), grid

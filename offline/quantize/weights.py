@@ -6,6 +6,9 @@ Source: method of arXiv 2412.14363 section 4 (weights symmetric per output chann
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 CLIP_STEPS = 80
@@ -70,3 +73,40 @@ def _rounded(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tens
 def symmetric_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Round ``weight`` float32 [N, K] half to even on the grid of ``scale`` float32 [N]: int8 [N, K]."""
     return _rounded(weight, scale, bits).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """What a weight [N, K] may be rounded to: s·q with a scale and bits for every (output channel, column).
+
+    Attributes:
+        scale: float32 [S, N], one row for each set of columns that share scales.
+        row: int64 [K], the row of every column.
+        bits: of each row's codes.
+
+    """
+
+    scale: torch.Tensor
+    row: torch.Tensor
+    bits: tuple[int, ...]
+
+    @classmethod
+    def of_parts(
+        cls, weight: torch.Tensor, widths: Sequence[int], bits: Sequence[int], clip: bool = True
+    ) -> WeightGrid:
+        """One scale per output channel and part: ``weight`` float32 [N, K], parts of ``widths`` columns side by side."""
+        parts = weight.split(list(widths), dim=1)
+        scale = torch.stack([symmetric_scale(part, b, clip) for part, b in zip(parts, bits, strict=True)])
+        return cls(scale, torch.repeat_interleave(torch.arange(len(bits)), torch.tensor(widths)), tuple(bits))
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """Nearest codes int8 [N, K], half to even."""
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for row, bits in enumerate(self.bits):
+            columns = self.row == row
+            codes[:, columns] = symmetric_codes(weight[:, columns], self.scale[row], bits)
+        return codes
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """s·q, float32 [N, K]."""
+        return codes * self.scale[self.row.to(self.scale.device)].T

@@ -10,7 +10,7 @@ import torch
 from offline.quantize.gptq import HessianFactor, factorise, gptq
 from offline.quantize.hessian import weighted_error
 from offline.quantize.mixed import quantize_linear
-from offline.quantize.weights import symmetric_codes, symmetric_scale
+from offline.quantize.weights import WeightGrid, symmetric_codes, symmetric_scale
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import HIGH, LOW, LinearPlan, Segment
 
@@ -35,9 +35,9 @@ def test_case_worked_by_hand() -> None:
     hessian = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
     weight = torch.tensor([[0.4, 0.65, 1.0]])
     factor = factorise(hessian, one_part(3), damping=0.0)
-    result = gptq(weight, factor, 3, clip=False)
-    assert result.low.tolist() == [[3, 4, 7]]
-    assert result.low_scale.item() == pytest.approx(1 / 7)
+    grid = WeightGrid.of_parts(weight, [3], [4], clip=False)
+    assert gptq(weight, factor, grid).tolist() == [[3, 4, 7]]
+    assert grid.scale.item() == pytest.approx(1 / 7)
     assert quantize_linear(weight, None, one_part(3), clip=False).low.tolist() == [[3, 5, 7]]
 
 
@@ -65,7 +65,7 @@ def test_gptq_beats_rounding_on_correlated_inputs(seed: int, clip: bool) -> None
 def test_scales_are_those_of_the_original_weight() -> None:
     torch.manual_seed(0)
     weight = torch.randn(16, 48)
-    result = gptq(weight, factorise(correlated_hessian(48), two_parts(40, 8)), 40)
+    result = quantize_linear(weight, correlated_hessian(48), two_parts(40, 8))
     assert torch.equal(result.low_scale, symmetric_scale(weight[:, :40], 4))
     assert torch.equal(result.high_scale, symmetric_scale(weight[:, 40:], 8))
 
@@ -74,9 +74,8 @@ def test_block_size_does_not_change_the_result() -> None:
     torch.manual_seed(0)
     weight = torch.randn(16, 50)
     factor = factorise(correlated_hessian(50), two_parts(44, 6))
-    whole, pieces = gptq(weight, factor, 44), gptq(weight, factor, 44, block=7)
-    assert torch.equal(whole.low, pieces.low)
-    assert torch.equal(whole.high, pieces.high)
+    grid = WeightGrid.of_parts(weight, [44, 6], [4, 8])
+    assert torch.equal(gptq(weight, factor, grid), gptq(weight, factor, grid, block=7))
 
 
 def test_column_that_calibration_never_reached_is_rounded_to_nearest() -> None:
@@ -126,4 +125,4 @@ def test_hessian_with_nan_names_the_layer() -> None:
 
 def test_factor_of_another_width_is_refused() -> None:
     with pytest.raises(ResQError, match="Hessian of 3 columns does not fit a weight of 4"):
-        gptq(torch.ones(2, 4), HessianFactor(torch.eye(3), 0.01), 4)
+        gptq(torch.ones(2, 4), HessianFactor(torch.eye(3), 0.01), WeightGrid.of_parts(torch.ones(2, 4), [4], [4]))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from offline.quantize.gptq import factorise
-from offline.quantize.mixed import quantize_linear
+from offline.quantize.mixed import quantize_linear, quantize_parts
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
-from resq_vllm.formats.plan import HIGH, LOW, LinearPlan, linear_plan
+from resq_vllm.formats.plan import HIGH, LOW, LinearPlan, Segment, linear_plan
 from resq_vllm.reference import fake_quantize_activation, linear
 
 HEADS = linear_plan(LinearSite(low=28, high=4, order="heads", scales="part"), 32, 16)
@@ -49,6 +49,21 @@ def test_shared_factor_gives_the_same_codes() -> None:
         alone, shared = quantize_linear(weight, hessian, HEADS), quantize_linear(weight, factor, HEADS)
         assert torch.equal(alone.low, shared.low)
         assert torch.equal(alone.high, shared.high)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_three_parts_have_their_own_bits_and_order(method: str) -> None:
+    torch.manual_seed(0)
+    plan = LinearPlan((Segment(8, 2, 2), Segment(16, 0, 0), Segment(8, 1, 1)), (2, 4, 8))
+    weight, hessian = torch.randn(24, 32), torch.eye(32) if method == "gptq" else None
+    codes, grid = quantize_parts(weight, hessian, plan, (2, 4, 8))
+    assert grid.row.tolist() == [0] * 16 + [1] * 8 + [2] * 8
+    for columns, bits in ((slice(0, 16), 2), (slice(16, 24), 4), (slice(24, 32), 8)):
+        assert int(codes[:, columns].min()) >= -(2 ** (bits - 1))
+        assert int(codes[:, columns].max()) < 2 ** (bits - 1)
+    restored = grid.values(codes)
+    torch.testing.assert_close(restored[:, 24:], weight[:, :8], atol=0.02, rtol=0)
+    torch.testing.assert_close(restored[:, 16:24], weight[:, 24:], atol=0.35, rtol=0)
 
 
 def test_absent_part_has_no_columns_and_scale_zero() -> None:
