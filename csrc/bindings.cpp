@@ -16,8 +16,10 @@ static std::string isa() { return kernels().name; }
 STABLE_TORCH_LIBRARY(resq, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor scales, Tensor wsum, Tensor? bias, int n, int[] segments, "
-      "int[] group_bits, int hadamard_groups, Tensor? hadamard_k) -> Tensor");
-  m.def("pack_weight(Tensor? low, Tensor? high, int low_bits, int n, int[] segments) -> (Tensor, Tensor)");
+      "int[] group_bits, int hadamard_groups, Tensor? hadamard_k, int weight_group=0) -> Tensor");
+  m.def(
+      "pack_weight(Tensor? low, Tensor? high, int low_bits, int n, int[] segments, int weight_group=0) -> "
+      "(Tensor, Tensor)");
   m.def(
       "quantize_activation(Tensor x, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k) -> "
       "(Tensor, Tensor, Tensor)");

@@ -14,10 +14,11 @@ using torch::stable::Tensor;
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
               const std::optional<Tensor>& bias, int64_t n, std::vector<int64_t> segments,
-              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k);
+              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k,
+              int64_t weight_group);
 
 std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const std::optional<Tensor>& high,
-                                       int64_t low_bits, int64_t n, std::vector<int64_t> segments);
+                                       int64_t low_bits, int64_t n, std::vector<int64_t> segments, int64_t weight_group);
 
 std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vector<int64_t> segments,
                                                        std::vector<int64_t> group_bits, int64_t hadamard_groups,

@@ -101,7 +101,7 @@ class ResQConfig(QuantizationConfig):
         if isinstance(layer, AttentionLayerBase):
             return self._kv_method(layer, prefix)
         if isinstance(layer, RoutedExperts) and not self.is_ignored(prefix):
-            raise ResQError(f"{prefix}: checkpoint format 1 has no mixture-of-experts layers; serve a dense model")
+            raise ResQError(f"{prefix}: the checkpoint format has no mixture-of-experts layers; serve a dense model")
         return None
 
     def is_ignored(self, prefix: str) -> bool:
@@ -182,13 +182,17 @@ class LinearBits:
         self._weights = self._weight_bits = 0
         self._inputs = self._input_bits = 0
 
-    def add(self, site: LinearSite, plan: LinearPlan, outputs: int) -> None:
-        """One layer of ``outputs`` rows with this rank's ``plan``; inputs count over all ranks, at the plan's mean."""
+    def add(self, site: LinearSite, plan: LinearPlan, outputs: int, modules: int = 1) -> None:
+        """One layer of ``outputs`` rows with this rank's ``plan``; inputs count over all ranks, at the plan's mean.
+
+        ``modules``: how many the layer fuses, each with a low-rank correction of its own (16 bits an element).
+        """
         low, high = plan.part_columns
         columns = site.low + site.high
         self.layers += 1
         self._weights += outputs * plan.columns
         self._weight_bits += outputs * (low * site.weight_low_bits + high * site.weight_high_bits)
+        self._weight_bits += 16 * site.low_rank * (modules * plan.columns + outputs)
         self._inputs += columns
         self._input_bits += columns * sum(s.columns * plan.group_bits[s.group] for s in plan.segments) // plan.columns
 

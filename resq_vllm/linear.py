@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_vllm import ops
+from resq_vllm import low_rank, ops
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.hadamard import hadamard_matrix
 from resq_vllm.log import log_once
+from resq_vllm.reference import weight_scale_rows
 from resq_vllm.vllm_api import (
     ChannelQuantScaleParameter,
     LinearBase,
@@ -35,8 +36,10 @@ class ResQLinearMethod(LinearMethodBase):
     """A linear layer whose input columns are split into a low- and a high-precision part (see formats.plan).
 
     Checkpoint parameters, per rank (N outputs, K_l and K_h input columns): weight_low uint8 [N, K_l/2] (or int8
-    [N, K_l] at 8 bits), weight_high int8 [N, K_h], weight_low_scale and weight_high_scale float32 [N]. After loading
-    they are replaced by packed_weight (the kernel's own layout), weight_scales float32 [2, N] and weight_sums int32.
+    [N, K_l] at 8 bits), weight_high int8 [N, K_h], weight_low_scale float32 [N], or [N, groups] with weight groups,
+    weight_high_scale float32 [N], and low_rank_a, low_rank_b (resq_vllm.low_rank) where the site has a correction.
+    After loading they are replaced by packed_weight (the kernel's own layout), weight_scales float32 [rows, N] (low
+    part first), weight_sums int32, and the joined low_rank_a [K, k], low_rank_b [k, N] (None without correction).
     """
 
     def __init__(self, config: ResQConfig, site: LinearSite) -> None:
@@ -56,7 +59,7 @@ class ResQLinearMethod(LinearMethodBase):
         """Register the checkpoint's parameters, cut for this rank.
 
         Raises ResQError when the layer's input is not the one that was quantized, or when this rank's share of it does
-        not hold whole heads or whole Hadamard blocks.
+        not hold whole heads, Hadamard blocks or weight groups.
         """
         site, prefix = self.site, layer.prefix
         if input_size != site.low + site.high:
@@ -76,13 +79,25 @@ class ResQLinearMethod(LinearMethodBase):
         if low:
             columns, dtype = (low // 2, torch.uint8) if site.weight_low_bits == 4 else (low, torch.int8)
             _register(layer, loads, "weight_low", torch.empty(outputs, columns, dtype=dtype))
-            _register(layer, loads, "weight_low_scale", torch.empty(outputs, dtype=torch.float32))
+            groups = (plan.scale_rows - 1,) if plan.weight_group else ()
+            _register(layer, loads, "weight_low_scale", torch.empty(outputs, *groups, dtype=torch.float32))
         if high:
             _register(layer, loads, "weight_high", torch.empty(outputs, high, dtype=torch.int8))
             _register(layer, loads, "weight_high_scale", torch.empty(outputs, dtype=torch.float32))
-        layer.resq_plan, layer.resq_loads = plan, loads
+        if site.low_rank:
+            low_rank.register(
+                layer,
+                loads.loader,
+                extra_weight_attrs["weight_loader"],
+                site.low_rank,
+                plan.columns,
+                input_size // plan.columns,
+                output_partition_sizes,
+                params_dtype,
+            )
+        layer.resq_plan, layer.resq_loads, layer.resq_output_sizes = plan, loads, list(output_partition_sizes)
         layer.resq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        self.config.linear_bits.add(site, plan, outputs)
+        self.config.linear_bits.add(site, plan, outputs, len(output_partition_sizes))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Re-lay the weights for the kernels and free the checkpoint's tensors.
@@ -103,18 +118,23 @@ class ResQLinearMethod(LinearMethodBase):
         layer.resq_outputs = outputs
         layer.resq_segments = plan.flat_segments()
         layer.resq_group_bits = list(plan.group_bits)
-        packed, sums = ops.pack_weight(low, high, self.site.weight_low_bits, outputs, layer.resq_segments)
-        filled = [torch.zeros(outputs) if s is None else s for s in scales]
+        packed, sums = ops.pack_weight(
+            low, high, self.site.weight_low_bits, outputs, layer.resq_segments, plan.weight_group
+        )
+        low_scale, high_scale = (torch.zeros(outputs, device=packed.device) if s is None else s for s in scales)
         _parameter(layer, "packed_weight", packed)
         _parameter(layer, "weight_sums", sums)
-        _parameter(layer, "weight_scales", torch.stack(filled).to(packed.device))
+        _parameter(layer, "weight_scales", weight_scale_rows(low_scale, high_scale))
         k = plan.hadamard_k
         _parameter(layer, "hadamard_k", hadamard_matrix(k).float().to(packed.device) if k > 1 else None)
+        second = _take(layer, low_rank.SECOND)
+        _parameter(layer, low_rank.FIRST, _take(layer, low_rank.FIRST))
+        _parameter(layer, low_rank.SECOND, None if second is None else low_rank.join(second, layer.resq_output_sizes))
         del layer.resq_loads
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op."""
-        return ops.linear(
+        """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op, then A and B."""
+        y = ops.linear(
             x,
             layer.packed_weight,
             layer.weight_scales,
@@ -125,7 +145,9 @@ class ResQLinearMethod(LinearMethodBase):
             layer.resq_group_bits,
             layer.resq_plan.hadamard_groups,
             layer.hadamard_k,
+            layer.resq_plan.weight_group,
         )
+        return y if layer.low_rank_a is None else y + (x @ layer.low_rank_a) @ layer.low_rank_b
 
 
 class _Loads:
@@ -141,14 +163,18 @@ class _Loads:
         self._loader = loader
         self._seen: dict[str, set[object]] = {}
 
-    def loader(self, name: str) -> Callable[..., None]:
-        """The weight loader of parameter ``name``: called (param, loaded_weight, shard id or nothing)."""
+    def loader(self, name: str, place: Callable[..., None] | None = None) -> Callable[..., None]:
+        """The weight loader of parameter ``name``: called (param, loaded_weight, shard id or nothing).
+
+        ``place`` does it instead of vLLM's own, and takes any float type.
+        """
         seen = self._seen[name] = set()
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *shard: Any) -> None:
-            if loaded_weight.dtype != param.dtype:
+            converts = place is not None and loaded_weight.is_floating_point()
+            if loaded_weight.dtype != param.dtype and not converts:
                 raise ResQError(
-                    f"{self._prefix}.{name} is {loaded_weight.dtype} in the checkpoint but format 1 stores "
+                    f"{self._prefix}.{name} is {loaded_weight.dtype} in the checkpoint but the format stores "
                     f"{param.dtype}; quantize the model again"
                 )
             wrong_shape = ResQError(
@@ -156,11 +182,12 @@ class _Loads:
                 "config.json; quantize the model again"
             )
             # vLLM cuts this rank's columns out of whatever is there: a tensor that is too wide would go unnoticed.
-            if loaded_weight.ndim == 2 and loaded_weight.shape[1] != param.shape[-1] * self._ranks:
+            columns = param.shape[-1] * self._ranks
+            if place is None and loaded_weight.ndim == 2 and loaded_weight.shape[1] != columns:
                 raise wrong_shape
             try:
-                self._loader(param, loaded_weight, *shard)
-            except (AssertionError, IndexError, RuntimeError) as error:
+                (place or self._loader)(param, loaded_weight, *shard)
+            except (AssertionError, IndexError, KeyError, RuntimeError) as error:
                 raise wrong_shape from error
             seen.add(shard[0] if shard else None)
 

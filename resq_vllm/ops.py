@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from resq_vllm.errors import ResQError
+from resq_vllm.formats.plan import LinearPlan, Segment
 
 try:
     from resq_vllm import _C  # type: ignore[attr-defined]  # noqa: F401  (loading the library registers the ops)
@@ -55,15 +56,21 @@ def _first_line(error: Exception) -> str:
 
 # --- ops --------------------------------------------------------------------------------------------------------------
 def pack_weight(
-    low: torch.Tensor | None, high: torch.Tensor | None, low_bits: int, n: int, segments: Sequence[int]
+    low: torch.Tensor | None,
+    high: torch.Tensor | None,
+    low_bits: int,
+    n: int,
+    segments: Sequence[int],
+    weight_group: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Re-lay checkpoint weights for :func:`linear`.
 
     low: uint8 [N, K_l/2] (4 bit, see formats.weights) or int8 [N, K_l] (8 bit); high: int8 [N, K_h]; None for a part
-    without columns. segments: LinearPlan.flat_segments(). Returns the packed weight, uint8 of a private layout, and
-    int32 [R, N] column sums of every run. Raises RuntimeError with one sentence when shapes disagree.
+    without columns. segments, weight_group: LinearPlan.flat_segments() and its weight_group. Returns the packed weight,
+    uint8 of a private layout, and int32 [R, N] column sums of every run. Raises RuntimeError with one sentence when
+    shapes disagree.
     """
-    return torch.ops.resq.pack_weight(low, high, low_bits, n, segments)
+    return torch.ops.resq.pack_weight(low, high, low_bits, n, segments, weight_group)
 
 
 def linear(
@@ -77,14 +84,18 @@ def linear(
     group_bits: Sequence[int],
     hadamard_groups: int = 0,
     hadamard_k: torch.Tensor | None = None,
+    weight_group: int = 0,
 ) -> torch.Tensor:
     """y [..., N] = x [..., K]·Wᵀ + bias with x quantized per token on the way in (online Hadamard included).
 
-    packed, wsum: from :func:`pack_weight`; scales float32 [2, N] (low row, high row; ignored where a part is absent);
-    bias [N]; hadamard_k float32 [k, k] when the block order's k > 1. The result has x's dtype and equals
-    reference.linear bit for bit where the Hadamard has k = 1. Raises RuntimeError with one sentence on bad arguments.
+    packed, wsum: from :func:`pack_weight` with the same weight_group; scales float32 [LinearPlan.scale_rows, N]: the
+    low part's row or rows (one a weight group), then the high part's; a row of an absent part is ignored. bias [N];
+    hadamard_k float32 [k, k] when the block order's k > 1. The result has x's dtype and equals reference.linear bit for
+    bit where the Hadamard has k = 1. Raises RuntimeError with one sentence on bad arguments.
     """
-    return torch.ops.resq.linear(x, packed, scales, wsum, bias, n, segments, group_bits, hadamard_groups, hadamard_k)
+    return torch.ops.resq.linear(
+        x, packed, scales, wsum, bias, n, segments, group_bits, hadamard_groups, hadamard_k, weight_group
+    )
 
 
 def quantize_activation(
@@ -167,28 +178,27 @@ def _linear_fake(
     group_bits: Sequence[int],
     hadamard_groups: int,
     hadamard_k: torch.Tensor | None,
+    weight_group: int = 0,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
 
 @torch.library.register_fake("resq::pack_weight")
 def _pack_weight_fake(
-    low: torch.Tensor | None, high: torch.Tensor | None, low_bits: int, n: int, segments: Sequence[int]
+    low: torch.Tensor | None,
+    high: torch.Tensor | None,
+    low_bits: int,
+    n: int,
+    segments: Sequence[int],
+    weight_group: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     like = low if low is not None else high
     assert like is not None
     bits = (low_bits, 8)
-    runs: list[list[int]] = []  # part, group, columns; merged as in formats.plan
-    last: dict[int, int] = {}
-    for columns, part, group in zip(segments[0::3], segments[1::3], segments[2::3], strict=True):
-        if part in last and runs[last[part]][1] == group:
-            runs[last[part]][2] += columns
-        else:
-            last[part] = len(runs)
-            runs.append([part, group, columns])
+    triples = zip(segments[0::3], segments[1::3], segments[2::3], strict=True)
+    runs = LinearPlan(tuple(Segment(*triple) for triple in triples), (), weight_group=weight_group).runs
     superblock = sum(
-        _SUPERBLOCK_COLUMNS * (-(-columns // _RUN_MULTIPLE) * _RUN_MULTIPLE) * bits[part] // 8
-        for part, _, columns in runs
+        _SUPERBLOCK_COLUMNS * (-(-run.length // _RUN_MULTIPLE) * _RUN_MULTIPLE) * bits[run.part] // 8 for run in runs
     )
     packed = like.new_empty((-(-n // _SUPERBLOCK_COLUMNS) * superblock,), dtype=torch.uint8)
     return packed, like.new_empty((len(runs), n), dtype=torch.int32)

@@ -125,6 +125,11 @@ def linear_integer(
     return torch.stack(out).to(torch.int32)
 
 
+def weight_scale_rows(low_scale: torch.Tensor, high_scale: torch.Tensor) -> torch.Tensor:
+    """Weight scales as the op takes them, float32 [scale rows, N]: low_scale [N] or [N, groups], high_scale [N]."""
+    return torch.cat((low_scale.float().reshape(len(high_scale), -1).T, high_scale.float()[None]))
+
+
 def linear(
     x: torch.Tensor,
     low: torch.Tensor,
@@ -136,14 +141,15 @@ def linear(
 ) -> torch.Tensor:
     """y = Σ_r float(I_r)·(s_x·s_w) + bias in float32, cast to x's dtype.
 
-    x [M, K]; low int8 [N, K_l], high int8 [N, K_h] (codes, one value an element); low_scale, high_scale float32 [N].
+    x [M, K]; low int8 [N, K_l], high int8 [N, K_h] (codes, one value an element); low_scale float32 [N], or [N, groups]
+    where the plan has weight groups; high_scale float32 [N].
     """
     codes, scale, zero = quantize_activation(x, plan)
     integer = linear_integer(codes, zero, low, high, plan)
-    weight_scale = (low_scale, high_scale)
+    weight_scale = weight_scale_rows(low_scale, high_scale)
     y = torch.zeros(x.shape[0], low.shape[0], dtype=torch.float32)
     for index, run in enumerate(plan.runs):
-        y = y + integer[index].float() * (scale[:, run.group : run.group + 1] * weight_scale[run.part].float())
+        y = y + integer[index].float() * (scale[:, run.group : run.group + 1] * weight_scale[run.scale_row])
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)

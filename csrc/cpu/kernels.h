@@ -22,9 +22,10 @@ struct SegmentPlace {
   int32_t group, run;
 };
 
-// One exact int32 accumulation: a part's columns that share an activation group.
+// One exact int32 accumulation: a part's columns that share an activation group and a weight scale.
 struct RunPlace {
   int32_t part, group;
+  int32_t scale_row;     // of the weight scales
   bool nibbles;          // 4-bit weights (otherwise 8-bit)
   int64_t length;        // real columns
   int64_t padded;        // columns with padding: a multiple of 8
@@ -69,7 +70,7 @@ struct QuantizeArgs {
 struct LinearArgs {
   PlanView plan;
   const uint8_t* packed;
-  const float* weight_scale;  // [2, n]
+  const float* weight_scale;  // [scale rows, n]
   const int32_t* weight_sum;  // [runs, n]
   const void* bias;           // [n] or null
   DType bias_dtype;

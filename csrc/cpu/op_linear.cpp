@@ -67,12 +67,12 @@ QuantizeArgs quantize_args(const Rows& rows, const LinearPlan& plan, int64_t had
 
 // The plan whose superblocks fill `packed`: the width of the low weights is not an argument, but it shows in the size.
 LinearPlan plan_of_packed(const Tensor& packed, int64_t n, const std::vector<int64_t>& segments,
-                          const std::vector<int64_t>& group_bits, int64_t hadamard_groups) {
+                          const std::vector<int64_t>& group_bits, int64_t hadamard_groups, int64_t weight_group) {
   const int64_t superblocks = (n + kSuperblock - 1) / kSuperblock;
-  LinearPlan plan = make_plan(segments, group_bits, 4, hadamard_groups);
+  LinearPlan plan = make_plan(segments, group_bits, 4, hadamard_groups, weight_group);
   if (packed.numel() == superblocks * plan.superblock_bytes) return plan;
   const int64_t expected = superblocks * plan.superblock_bytes;
-  plan = make_plan(segments, group_bits, 8, hadamard_groups);
+  plan = make_plan(segments, group_bits, 8, hadamard_groups, weight_group);
   check(packed.numel() == superblocks * plan.superblock_bytes,
         "packed holds " + std::to_string(packed.numel()) + " bytes, but these segments and n = " + std::to_string(n) +
             " need " + std::to_string(expected) + " (or " + std::to_string(superblocks * plan.superblock_bytes) +
@@ -84,7 +84,8 @@ LinearPlan plan_of_packed(const Tensor& packed, int64_t n, const std::vector<int
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
               const std::optional<Tensor>& bias, int64_t n, std::vector<int64_t> segments,
-              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k) {
+              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k,
+              int64_t weight_group) {
   check(n > 0, "n must be positive");
   check_dtype(packed, ScalarType::Byte, "packed", "uint8");
   check_dtype(scales, ScalarType::Float, "scales", "float32");
@@ -92,8 +93,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   check_contiguous(packed, "packed");
   check_contiguous(scales, "scales");
   check_contiguous(wsum, "wsum");
-  const LinearPlan plan = plan_of_packed(packed, n, segments, group_bits, hadamard_groups);
-  check_shape(scales, {2, n}, "scales");
+  const LinearPlan plan = plan_of_packed(packed, n, segments, group_bits, hadamard_groups, weight_group);
+  check_shape(scales, {plan.scale_rows, n}, "scales");
   check_shape(wsum, {static_cast<int64_t>(plan.runs.size()), n}, "wsum");
   const Rows rows = rows_of(x, plan.columns, "x");
 
@@ -124,7 +125,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
 std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vector<int64_t> segments,
                                                        std::vector<int64_t> group_bits, int64_t hadamard_groups,
                                                        const std::optional<Tensor>& hadamard_k) {
-  const LinearPlan plan = make_plan(segments, group_bits, 4, hadamard_groups);
+  const LinearPlan plan = make_plan(segments, group_bits, 4, hadamard_groups, 0);
   check(x.dim() == 2, "x must have shape [M, K], not " + shape_of(x));
   const Rows rows = rows_of(x, plan.columns, "x");
   const int64_t groups = static_cast<int64_t>(plan.group_bits.size());

@@ -10,15 +10,16 @@
 namespace resq {
 
 std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const std::optional<Tensor>& high,
-                                       int64_t low_bits, int64_t n, std::vector<int64_t> segments) {
+                                       int64_t low_bits, int64_t n, std::vector<int64_t> segments,
+                                       int64_t weight_group) {
   check(low || high, "pack_weight needs at least one of low and high");
   check(low_bits == 4 || low_bits == 8, "low_bits must be 4 or 8, not " + std::to_string(low_bits));
   check(n > 0, "n must be positive");
   // Only the number of activation groups matters here, since a run is one group's; their bits do not.
   int64_t groups = 0;
   for (size_t i = 2; i < segments.size(); i += 3) groups = std::max(groups, segments[i] + 1);
-  const LinearPlan plan =
-      make_plan(segments, std::vector<int64_t>(static_cast<size_t>(groups), 8), static_cast<int>(low_bits), 0);
+  const std::vector<int64_t> group_bits(static_cast<size_t>(groups), 8);
+  const LinearPlan plan = make_plan(segments, group_bits, static_cast<int>(low_bits), 0, weight_group);
 
   PackArgs args{};
   const int64_t columns[2] = {plan.part_columns[0], plan.part_columns[1]};

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -12,7 +13,7 @@ void check(bool ok, const std::string& sentence) {
   if (!ok) throw std::runtime_error(sentence);
 }
 
-void make_runs(LinearPlan& plan, const std::vector<int64_t>& flat, int low_bits) {
+void make_runs(LinearPlan& plan, const std::vector<int64_t>& flat, int low_bits, int64_t weight_group) {
   int64_t last[2] = {-1, -1};
   for (size_t i = 0; i < flat.size(); i += 3) {
     const int64_t columns = flat[i], part = flat[i + 1], group = flat[i + 2];
@@ -20,22 +21,35 @@ void make_runs(LinearPlan& plan, const std::vector<int64_t>& flat, int low_bits)
     check(part == 0 || part == 1, "segments: part must be 0 (low) or 1 (high), not " + std::to_string(part));
     check(group >= 0 && group < static_cast<int64_t>(plan.group_bits.size()),
           "segments: activation group " + std::to_string(group) + " has no entry in group_bits");
-    if (last[part] < 0 || plan.runs[last[part]].group != group) {
-      last[part] = static_cast<int64_t>(plan.runs.size());
-      RunPlace run{};
-      run.part = static_cast<int32_t>(part);
-      run.group = static_cast<int32_t>(group);
-      run.nibbles = part == 0 && low_bits == 4;
-      run.start = plan.part_columns[part];
-      plan.runs.push_back(run);
+    const int64_t cut = part == 0 ? weight_group : 0;
+    for (int64_t left = columns; left > 0;) {
+      const int64_t start = plan.part_columns[part];
+      const int64_t width = cut ? std::min(left, cut - start % cut) : left;
+      if (last[part] < 0 || plan.runs[last[part]].group != group || (cut && start % cut == 0)) {
+        last[part] = static_cast<int64_t>(plan.runs.size());
+        RunPlace run{};
+        run.part = static_cast<int32_t>(part);
+        run.group = static_cast<int32_t>(group);
+        run.nibbles = part == 0 && low_bits == 4;
+        run.start = start;
+        run.scale_row = static_cast<int32_t>(cut ? start / cut : 0);
+        plan.runs.push_back(run);
+      }
+      RunPlace& run = plan.runs[last[part]];
+      // `at` is relative to the run until the runs' lengths are known.
+      plan.segments.push_back({plan.columns, width, run.length, 0, run.group, static_cast<int32_t>(last[part])});
+      run.length += width;
+      plan.part_columns[part] += width;
+      plan.columns += width;
+      left -= width;
     }
-    RunPlace& run = plan.runs[last[part]];
-    // `at` is relative to the run until the runs' lengths are known.
-    plan.segments.push_back({plan.columns, columns, run.length, 0, run.group, static_cast<int32_t>(last[part])});
-    run.length += columns;
-    plan.part_columns[part] += columns;
-    plan.columns += columns;
   }
+  check(!weight_group || (plan.part_columns[0] > 0 && plan.part_columns[0] % weight_group == 0),
+        "weight_group = " + std::to_string(weight_group) + " does not divide " + std::to_string(plan.part_columns[0]) +
+            " low columns");
+  plan.scale_rows = (weight_group ? plan.part_columns[0] / weight_group : 1) + 1;
+  for (RunPlace& run : plan.runs)
+    if (run.part == 1) run.scale_row = static_cast<int32_t>(plan.scale_rows - 1);
 }
 
 void place_runs(LinearPlan& plan) {
@@ -53,16 +67,22 @@ void place_runs(LinearPlan& plan) {
   }
 }
 
-// One block per Hadamard block when every activation group lies within one of them, otherwise a single block.
-void place_blocks(LinearPlan& plan, int64_t hadamard_groups) {
-  int64_t blocks = hadamard_groups > 1 ? hadamard_groups : 1;
+// Whether every segment and every activation group lies within one of `blocks` equal stretches of columns.
+bool groups_fit(const LinearPlan& plan, int64_t blocks) {
   const int64_t width = plan.columns / blocks;
   std::vector<int64_t> home(plan.group_bits.size(), -1);
   for (const SegmentPlace& s : plan.segments) {
     const int64_t block = s.column / width;
-    if ((s.column + s.columns - 1) / width != block || (home[s.group] >= 0 && home[s.group] != block)) blocks = 1;
+    if ((s.column + s.columns - 1) / width != block || (home[s.group] >= 0 && home[s.group] != block)) return false;
     home[s.group] = block;
   }
+  return true;
+}
+
+// As many blocks of whole Hadamard blocks as leave every activation group within one of them.
+void place_blocks(LinearPlan& plan, int64_t hadamard_groups) {
+  int64_t blocks = hadamard_groups > 1 ? hadamard_groups : 1;
+  while (blocks > 1 && (hadamard_groups % blocks || !groups_fit(plan, blocks))) --blocks;
   plan.block_segments.assign(blocks + 1, 0);
   plan.block_groups.assign(blocks + 1, 0);
   std::vector<bool> listed(plan.group_bits.size(), false);
@@ -82,7 +102,7 @@ void place_blocks(LinearPlan& plan, int64_t hadamard_groups) {
 }  // namespace
 
 LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
-                     int64_t hadamard_groups) {
+                     int64_t hadamard_groups, int64_t weight_group) {
   check(!segments.empty() && segments.size() % 3 == 0,
         "segments must be a list of (columns, part, group) triples, but it has " + std::to_string(segments.size()) +
             " numbers");
@@ -91,7 +111,8 @@ LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int
     check(bits == 4 || bits == 8, "group_bits must be 4 or 8, not " + std::to_string(bits));
     plan.group_bits.push_back(static_cast<int32_t>(bits));
   }
-  make_runs(plan, segments, low_bits);
+  check(weight_group >= 0, "weight_group must not be negative, but is " + std::to_string(weight_group));
+  make_runs(plan, segments, low_bits, weight_group);
   check(hadamard_groups >= 0 && (hadamard_groups == 0 || plan.columns % hadamard_groups == 0),
         "hadamard_groups = " + std::to_string(hadamard_groups) + " does not divide " + std::to_string(plan.columns) +
             " input columns");

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from offline.quantize.groupwise import expand_scale
 from offline.quantize.mixed import QuantizedLinear
 from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.plan import HIGH, LOW
@@ -24,9 +25,10 @@ _CACHE_ATTRIBUTE = "resq_kv_cache"
 
 
 class FakeQuantLinear(nn.Module):
-    """y = x̂·Ŵᵀ + bias, with x̂ the quantized activations of the plan (after its online Hadamard).
+    """y = x̂·Ŵᵀ + (x·A)·B + bias, with x̂ the quantized activations of the plan (after its online Hadamard).
 
-    Codes stay int8 and are expanded for each call, so a large model needs one byte a weight.
+    The low-rank correction, where there is one, takes x as it comes. Codes stay int8 and are expanded for each call, so
+    a large model needs one byte a weight.
     """
 
     low: torch.Tensor
@@ -35,6 +37,8 @@ class FakeQuantLinear(nn.Module):
     high_scale: torch.Tensor
     low_index: torch.Tensor
     high_index: torch.Tensor
+    first: torch.Tensor | None
+    second: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> None:
@@ -46,6 +50,9 @@ class FakeQuantLinear(nn.Module):
         self.register_buffer("high_scale", linear.high_scale)
         self.register_buffer("low_index", torch.tensor(linear.plan.part_index(LOW), dtype=torch.long))
         self.register_buffer("high_index", torch.tensor(linear.plan.part_index(HIGH), dtype=torch.long))
+        correction = linear.correction
+        self.register_buffer("first", None if correction is None else correction.a)
+        self.register_buffer("second", None if correction is None else correction.b)
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,12 +60,20 @@ class FakeQuantLinear(nn.Module):
         quantized = fake_quantize_activation(x, self.plan)
         y = torch.zeros(*x.shape[:-1], self.low.shape[0], device=x.device)
         if len(self.low_index):
-            y += (quantized[..., self.low_index] @ self.low.float().T) * self.low_scale.float()
+            y += self._low(quantized[..., self.low_index])
         if len(self.high_index):
             y += (quantized[..., self.high_index] @ self.high.float().T) * self.high_scale.float()
+        if self.first is not None and self.second is not None:
+            y += x.float() @ self.first.float() @ self.second.float()
         if self.bias is not None:
             y += self.bias.float()
         return y.to(x.dtype)
+
+    def _low(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.plan.weight_group:
+            return (x @ self.low.float().T) * self.low_scale.float()
+        weight = self.low * expand_scale(self.low_scale.float(), self.plan.weight_group, self.low.shape[1])
+        return x @ weight.T
 
 
 @dataclass(frozen=True)

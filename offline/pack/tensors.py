@@ -1,8 +1,9 @@
-"""A quantized linear layer as checkpoint tensors, and back (format 1).
+"""A quantized linear layer as checkpoint tensors, and back.
 
 Per module: ``weight_low`` (4 bit: uint8 [N, K_l/2], byte j = column 2j in the low nibble and 2j+1 in the high one;
 8 bit: int8 [N, K_l]), ``weight_high`` int8 [N, K_h], ``weight_low_scale`` and ``weight_high_scale`` float32 [N]. A part
-of no columns has no tensors.
+of no columns has no tensors. Format 2 adds: ``weight_low_scale`` is [N, groups] where the site has a ``weight_group``,
+and a site of ``low_rank`` k has ``low_rank_a`` [K, k] and ``low_rank_b`` [k, N] in the model dtype.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offline.quantize.lowrank import LowRank
 from offline.quantize.mixed import QuantizedLinear
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
@@ -46,10 +48,14 @@ def linear_specs(module: str, rows: int, site: LinearSite) -> dict[str, TensorSp
         packed = site.weight_low_bits == 4
         width = site.low // 2 if packed else site.low
         specs[f"{module}.weight_low"] = TensorSpec(torch.uint8 if packed else torch.int8, (rows, width))
-        specs[f"{module}.weight_low_scale"] = TensorSpec(torch.float32, (rows,))
+        scale = (rows, site.weight_groups) if site.weight_group else (rows,)
+        specs[f"{module}.weight_low_scale"] = TensorSpec(torch.float32, scale)
     if site.high:
         specs[f"{module}.weight_high"] = TensorSpec(torch.int8, (rows, site.high))
         specs[f"{module}.weight_high_scale"] = TensorSpec(torch.float32, (rows,))
+    if site.low_rank:
+        specs[f"{module}.low_rank_a"] = TensorSpec(None, (site.low + site.high, site.low_rank))
+        specs[f"{module}.low_rank_b"] = TensorSpec(None, (site.low_rank, rows))
     return specs
 
 
@@ -71,6 +77,9 @@ def linear_tensors(linear: QuantizedLinear, module: str, bias: torch.Tensor | No
     if linear.high.shape[1]:
         tensors[f"{module}.weight_high"] = linear.high.contiguous()
         tensors[f"{module}.weight_high_scale"] = linear.high_scale.float().contiguous()
+    if linear.correction is not None and linear.correction.rank:
+        tensors[f"{module}.low_rank_a"] = linear.correction.a.contiguous()
+        tensors[f"{module}.low_rank_b"] = linear.correction.b.contiguous()
     if bias is not None:
         tensors[f"{module}.bias"] = bias.contiguous()
     return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -88,4 +97,7 @@ def linear_from_tensors(
         low_scale = get(f"{module}.weight_low_scale")
     if site.high:
         high, high_scale = get(f"{module}.weight_high"), get(f"{module}.weight_high_scale")
-    return QuantizedLinear(low, high, low_scale, high_scale, plan, site.weight_low_bits, site.weight_high_bits)
+    correction = LowRank(get(f"{module}.low_rank_a"), get(f"{module}.low_rank_b")) if site.low_rank else None
+    return QuantizedLinear(
+        low, high, low_scale, high_scale, plan, site.weight_low_bits, site.weight_high_bits, correction
+    )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from offline.quantize.gptq import HessianFactor, column_order, factorise, gptq
+from offline.quantize.groupwise import expand_scale
+from offline.quantize.lowrank import LowRank
 from offline.quantize.weights import WeightGrid
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import HIGH, LOW, LinearPlan
@@ -20,11 +22,12 @@ class QuantizedLinear:
     Attributes:
         low: int8 [N, K_low], signed codes of ``low_bits`` bits, in x-column order of the low part.
         high: int8 [N, K_high], signed 8-bit codes. A part without columns has width 0.
-        low_scale: float32 [N]; 0 when the part has no columns.
+        low_scale: float32 [N], or [N, groups] where the plan has weight groups; 0 when the part has no columns.
         high_scale: float32 [N]; 0 when the part has no columns.
         plan: which of x's columns each part holds.
         low_bits: 4 or 8.
         high_bits: 8.
+        correction: A and B in the dtype in which they are stored, or None.
 
     """
 
@@ -35,6 +38,7 @@ class QuantizedLinear:
     plan: LinearPlan
     low_bits: int = 4
     high_bits: int = 8
+    correction: LowRank | None = None
 
     @property
     def rows(self) -> int:
@@ -42,11 +46,17 @@ class QuantizedLinear:
         return self.low.shape[0]
 
     def dequantize(self) -> torch.Tensor:
-        """Ŵ float32 [N, K] in x-column order (after the online Hadamard, where the plan has one)."""
+        """Ŵ float32 [N, K] in x-column order (after the online Hadamard, where the plan has one), correction added."""
         weight = torch.empty(self.rows, self.plan.columns, device=self.low.device)
-        weight[:, self.plan.part_index(LOW)] = self.low * self.low_scale[:, None]
+        weight[:, self.plan.part_index(LOW)] = self.low * self.low_column_scale
         weight[:, self.plan.part_index(HIGH)] = self.high * self.high_scale[:, None]
-        return weight
+        return weight if self.correction is None else weight + self.correction.weight().float()
+
+    @property
+    def low_column_scale(self) -> torch.Tensor:
+        """low_scale by column of the low part, broadcastable to [N, K_low]."""
+        group = self.plan.weight_group
+        return expand_scale(self.low_scale, group, self.low.shape[1]) if group else self.low_scale[:, None]
 
 
 def quantize_linear(

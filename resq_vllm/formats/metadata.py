@@ -1,7 +1,8 @@
 """``quantization_config`` of a ResQ checkpoint's config.json: everything that kernels must know, and nothing assumed.
 
-Format 1. Per linear site the metadata says how many input columns are low and high, the bits of weights and
-activations, which columns share an activation scale and how the online Hadamard is cut; per layer how K and V are kept.
+Per linear site the metadata says how many input columns are low and high, the bits of weights and activations, which
+columns share an activation or a weight scale and how the online Hadamard is cut; per layer how K and V are kept. Format
+2 adds ``scale_groups``, ``weight_group`` and ``low_rank``; a format 1 file is read as before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from resq_vllm.errors import ResQError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+_FORMAT_2_FIELDS = ("scale_groups", "weight_group", "low_rank")
 QUANT_METHOD = "resq"
 SiteName = Literal["qkv", "o", "gate_up", "down"]
 SITES: tuple[SiteName, ...] = ("qkv", "o", "gate_up", "down")
@@ -36,11 +39,16 @@ class LinearSite(_Strict):
     token    the whole input (``act_low_bits`` bits)
     part     the low columns one, the high columns another
     head     as ``part``, per attention head (the paper's o_proj)
-    block    as ``part``, per block of the online Hadamard (the paper has one block)
+    block    as ``part``, per scale block: one of ``scale_groups`` equal stretches of
+             columns, each [low | high] or of whole heads (the paper's down_proj
+             has one block)
     =======  =====================================================================
 
     ``order``: "contiguous" = [all low | all high]; "heads" = every head is [low | high]. ``low`` and ``high`` count the
-    input columns of the whole layer over all ranks.
+    input columns of the whole layer over all ranks. ``hadamard_groups``: equal blocks of the online Hadamard over the
+    whole input, 0 = none. ``scale_groups``: scale blocks, 0 = one a Hadamard block. ``weight_group``: columns of the
+    low part that share a weight scale, in the part's order; 0 = one scale an output channel. ``low_rank``: k of the
+    correction y += (x·A)·B with the unquantized x (arXiv 2402.02446), 0 = none.
     """
 
     low: int = Field(ge=0)
@@ -52,22 +60,56 @@ class LinearSite(_Strict):
     scales: Literal["token", "part", "head", "block"] = "part"
     order: Literal["contiguous", "heads"] = "contiguous"
     hadamard_groups: int = Field(default=0, ge=0)
+    scale_groups: int = Field(default=0, ge=0)
+    weight_group: int = Field(default=0, ge=0)
+    low_rank: int = Field(default=0, ge=0)
+
+    @property
+    def scale_blocks(self) -> int:
+        """Scale blocks of scales = block, over all ranks."""
+        return self.scale_groups or self.hadamard_groups
+
+    @property
+    def weight_groups(self) -> int:
+        """Weight scales of an output channel's low part, over all ranks: 1 without ``weight_group``."""
+        return self.low // self.weight_group if self.weight_group else 1
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearSite:
         if self.scales == "head" and self.order != "heads":
             raise ValueError("scales per head need order = heads")
-        if self.scales == "block" and not self.hadamard_groups:
-            raise ValueError("scales per block need hadamard_groups")
+        if self.scales == "block" and not self.scale_blocks:
+            raise ValueError("scales per block need hadamard_groups or scale_groups")
         if self.hadamard_groups and self.order == "heads":
             raise ValueError("hadamard_groups need order = contiguous")
-        if self.hadamard_groups and ((self.low + self.high) % self.hadamard_groups or self.high % self.hadamard_groups):
+        # Scale blocks of their own need not give every Hadamard block high columns.
+        cut = 0 if self.scale_groups else self.high
+        if self.hadamard_groups and ((self.low + self.high) % self.hadamard_groups or cut % self.hadamard_groups):
             raise ValueError(
                 f"hadamard_groups = {self.hadamard_groups} does not divide {self.low} + {self.high} columns"
             )
         if self.low + self.high == 0:
             raise ValueError("low and high are both 0")
+        self._check_scale_groups()
+        if self.weight_group and (not self.low or self.low % self.weight_group):
+            raise ValueError(f"weight_group = {self.weight_group} does not divide {self.low} low columns")
         return self
+
+    def _check_scale_groups(self) -> None:
+        groups = self.scale_groups
+        if not groups:
+            return
+        if self.scales != "block":
+            raise ValueError("scale_groups need scales = block")
+        if self.low % groups or self.high % groups:
+            raise ValueError(f"scale_groups = {groups} does not divide {self.low} + {self.high} columns")
+        if self.hadamard_groups % groups:
+            raise ValueError(f"hadamard_groups = {self.hadamard_groups} is no multiple of scale_groups = {groups}")
+        if self.hadamard_groups and (self.high // groups) % ((self.low + self.high) // self.hadamard_groups):
+            raise ValueError(
+                f"a Hadamard block of {(self.low + self.high) // self.hadamard_groups} columns straddles the boundary "
+                f"of a scale block's {self.low // groups} low and {self.high // groups} high columns"
+            )
 
 
 class KVLayer(_Strict):
@@ -97,6 +139,11 @@ class QuantizationMetadata(_Strict):
         missing = [name for name in SITES if name not in self.sites]
         if missing:
             raise ValueError(f"sites lacks {', '.join(missing)}")
+        if self.format_version < FORMAT_VERSION:
+            for name, site in self.sites.items():
+                newer = [field for field in _FORMAT_2_FIELDS if getattr(site, field)]
+                if newer:
+                    raise ValueError(f"sites.{name}.{newer[0]} is of format 2, not {self.format_version}")
         return self
 
     @classmethod
@@ -111,10 +158,11 @@ class QuantizationMetadata(_Strict):
                 f"{source}: quant_method is {method!r}, not 'resq': this checkpoint was not quantized by resq"
             )
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise ResQError(
-                f"{source}: format_version {version!r} is unknown to this release, which reads format "
-                f"{FORMAT_VERSION}; install a resq-vllm that knows it, or quantize the model again with this one"
+                f"{source}: format_version {version!r} is unknown to this release, which reads formats "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; install a resq-vllm that knows it, or quantize the "
+                "model again with this one"
             )
         try:
             return cls.model_validate(config)

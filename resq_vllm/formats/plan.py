@@ -3,12 +3,13 @@
 A *segment* is a stretch of x's columns with one activation scale (its *group*) that meets one weight part (0 low,
 1 high). Each part lists its columns in x's order, so the o_proj input, head by head [low | high], needs no reordering
 at run time: its low columns are simply the low part's next columns. Segments of one part that follow each other there
-and share a group merge into a *run*: one exact int32 accumulation with one activation scale and one weight scale.
+and share a group merge into a *run*: one exact int32 accumulation with one activation scale and one weight scale. Where
+the low part has a weight scale per group of columns, runs end at the groups' boundaries too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from resq_vllm.errors import ResQError
@@ -29,12 +30,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """Columns [start, start+length) of weight part ``part``; all of them carry activation group ``group``."""
+    """Columns [start, start+length) of weight part ``part``; all of them carry activation group ``group``.
+
+    ``scale_row``: the run's row in the weight scales: low part first (one row, or one a weight group), high part last.
+    """
 
     part: int
     group: int
     start: int
     length: int
+    scale_row: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ class LinearPlan:
         segments: in x-column order (after the online Hadamard), covering every column.
         group_bits: bits of each activation group.
         hadamard_groups: blocks of the online Hadamard, 0 for none.
+        weight_group: columns of the low part that share a weight scale, 0 for all of them.
 
     """
 
     segments: tuple[Segment, ...]
     group_bits: tuple[int, ...]
     hadamard_groups: int = 0
+    weight_group: int = 0
 
     @cached_property
     def columns(self) -> int:
@@ -63,20 +70,31 @@ class LinearPlan:
         return low, self.columns - low
 
     @cached_property
+    def scale_rows(self) -> int:
+        """Rows of the weight scales: those of the low part (one even where it has no columns), and the high part's."""
+        return (self.part_columns[LOW] // self.weight_group if self.weight_group else 1) + 1
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         """Merged segments, in the order of their first segment: the order of the float32 sums in the epilogue."""
         runs: list[Run] = []
         last: dict[int, int] = {}
         filled = [0, 0]
         for s in self.segments:
-            index = last.get(s.part)
-            if index is not None and runs[index].group == s.group:
-                run = runs[index]
-                runs[index] = Run(run.part, run.group, run.start, run.length + s.columns)
-            else:
-                last[s.part] = len(runs)
-                runs.append(Run(s.part, s.group, filled[s.part], s.columns))
-            filled[s.part] += s.columns
+            left = s.columns
+            while left:
+                start = filled[s.part]
+                grouped = self.weight_group if s.part == LOW else 0
+                columns = min(left, grouped - start % grouped) if grouped else left
+                index = last.get(s.part)
+                if index is not None and runs[index].group == s.group and not (grouped and start % grouped == 0):
+                    runs[index] = replace(runs[index], length=runs[index].length + columns)
+                else:
+                    row = self.scale_rows - 1 if s.part == HIGH else start // grouped if grouped else 0
+                    last[s.part] = len(runs)
+                    runs.append(Run(s.part, s.group, start, columns, row))
+                filled[s.part] += columns
+                left -= columns
         return tuple(runs)
 
     @cached_property
@@ -106,31 +124,52 @@ def _parts(low: int, high: int, low_group: int, high_group: int) -> list[Segment
 def linear_plan(site: LinearSite, columns: int, head_dim: int) -> LinearPlan:
     """The plan of ``site`` for an input of ``columns`` columns (this rank's share).
 
-    Raises ResQError when the share does not hold whole heads or whole Hadamard blocks.
+    Raises ResQError when the share does not hold whole heads, Hadamard blocks, scale blocks or weight groups.
     """
     total = site.low + site.high
     if columns <= 0 or total % columns:
         raise ResQError(f"an input of {columns} columns is no equal share of the layer's {total}")
     share = total // columns
     if site.order == "heads":
-        return _head_plan(site, columns, head_dim)
-    if site.hadamard_groups % share:
+        plan = _head_plan(site, columns, head_dim)
+    else:
+        _require_share("hadamard_groups", site.hadamard_groups, share)
+        _require_share("scale_groups", site.scale_groups, share)
+        plan = _block_plan(site, share) if site.scales == "block" else _contiguous_plan(site, share)
+    if not site.weight_group:
+        return plan
+    if plan.part_columns[LOW] % site.weight_group:
         raise ResQError(
-            f"hadamard_groups = {site.hadamard_groups} does not divide by the tensor-parallel degree {share}; "
+            f"weight_group = {site.weight_group} does not divide the {plan.part_columns[LOW]} low columns of a rank at "
+            f"tensor-parallel degree {share}; serve with a lower degree, or quantize again with --max-tp {share}"
+        )
+    return replace(plan, weight_group=site.weight_group)
+
+
+def _require_share(field: str, groups: int, share: int) -> None:
+    if groups % share:
+        raise ResQError(
+            f"{field} = {groups} does not divide by the tensor-parallel degree {share}; "
             f"serve with a degree that divides it, or quantize again with --max-tp {share}"
         )
-    if site.scales == "block":
-        groups = site.hadamard_groups // share
-        width = columns // groups
-        high = site.high // site.hadamard_groups
-        segments = [s for g in range(groups) for s in _parts(width - high, high, g, groups + g)]
-        bits = [site.act_low_bits] * groups + ([site.act_high_bits] * groups if high else [])
-        return LinearPlan(tuple(segments), tuple(bits), groups)
-    low, high = site.low // share, site.high // share
+
+
+def _block_plan(site: LinearSite, share: int) -> LinearPlan:
+    groups = site.scale_blocks // share
+    low, high = site.low // site.scale_blocks, site.high // site.scale_blocks
+    # Low groups 0 … G−1, then the high ones; a part without columns has none.
+    first_high = groups if low else 0
+    segments = [s for g in range(groups) for s in _parts(low, high, g, first_high + g)]
+    bits = [b for b, width in ((site.act_low_bits, low), (site.act_high_bits, high)) if width for _ in range(groups)]
+    return LinearPlan(tuple(segments), tuple(bits), site.hadamard_groups // share)
+
+
+def _contiguous_plan(site: LinearSite, share: int) -> LinearPlan:
+    low, high, hadamard_groups = site.low // share, site.high // share, site.hadamard_groups // share
     if site.scales == "token":
-        return LinearPlan(tuple(_parts(low, high, 0, 0)), (site.act_low_bits,), site.hadamard_groups // share)
+        return LinearPlan(tuple(_parts(low, high, 0, 0)), (site.act_low_bits,), hadamard_groups)
     bits = [b for b, width in ((site.act_low_bits, low), (site.act_high_bits, high)) if width]
-    return LinearPlan(tuple(_parts(low, high, 0, len(bits) - 1)), tuple(bits), site.hadamard_groups // share)
+    return LinearPlan(tuple(_parts(low, high, 0, len(bits) - 1)), tuple(bits), hadamard_groups)
 
 
 def _head_plan(site: LinearSite, columns: int, head_dim: int) -> LinearPlan:
@@ -142,11 +181,28 @@ def _head_plan(site: LinearSite, columns: int, head_dim: int) -> LinearPlan:
     if site.scales == "token":
         return LinearPlan(tuple(_parts(low, high, 0, 0)) * heads, (site.act_low_bits,))
     pair = [b for b, width in ((site.act_low_bits, low), (site.act_high_bits, high)) if width]
-    if site.scales == "part":
-        return LinearPlan(tuple(_parts(low, high, 0, len(pair) - 1)) * heads, tuple(pair))
+    block = _heads_per_block(site, heads, (site.low + site.high) // head_dim)
     step = len(pair)
-    segments = [s for h in range(heads) for s in _parts(low, high, h * step, h * step + step - 1)]
-    return LinearPlan(tuple(segments), tuple(pair) * heads)
+    segments = [s for h in range(heads) for s in _parts(low, high, h // block * step, h // block * step + step - 1)]
+    return LinearPlan(tuple(segments), tuple(pair) * (heads // block))
+
+
+def _heads_per_block(site: LinearSite, heads: int, total: int) -> int:
+    """Heads of a rank's ``heads`` that share activation scales; the layer has ``total``."""
+    if site.scales == "part":
+        return heads
+    if site.scales == "head":
+        return 1
+    if total % site.scale_groups:
+        raise ResQError(f"scale_groups = {site.scale_groups} does not divide {total} heads; quantize the model again")
+    # A rank may hold less than a block (kv heads shared by ranks): its heads then have a scale of their own.
+    block = min(total // site.scale_groups, heads)
+    if heads % block:
+        raise ResQError(
+            f"a rank's {heads} heads hold no whole number of scale blocks of {block} heads; serve with a "
+            "tensor-parallel degree that divides scale_groups"
+        )
+    return block
 
 
 __all__ = ["HIGH", "LOW", "LinearPlan", "Run", "Segment", "high_count", "linear_plan"]

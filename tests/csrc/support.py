@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resq_vllm import ops
+from resq_vllm import ops, reference
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.plan import LinearPlan
@@ -72,16 +72,28 @@ class Weights:
         self.outputs = outputs
         # Made here: torch.compile on Python 3.11 cannot trace the plan's cached properties.
         self.arguments = plan_arguments(plan)
+        self.weight_group = plan.weight_group
         self.low = torch.randint(-limit, limit, (outputs, low), generator=g).to(torch.int8)
         self.high = torch.randint(-128, 128, (outputs, high), generator=g).to(torch.int8)
-        self.scales = torch.rand(2, outputs, generator=g) * 0.1
+        self.scales = torch.rand(plan.scale_rows, outputs, generator=g) * 0.1
         stored = pack_int4(self.low) if low_bits == 4 else self.low
         self.packed, self.sums = ops.pack_weight(
-            stored if low else None, self.high if high else None, low_bits, outputs, plan.flat_segments()
+            stored if low else None,
+            self.high if high else None,
+            low_bits,
+            outputs,
+            plan.flat_segments(),
+            plan.weight_group,
         )
 
+    def reference(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        low_scale = self.scales[:-1].T if self.plan.weight_group else self.scales[0]
+        return reference.linear(x, self.low, self.high, low_scale, self.scales[-1], self.plan, bias)
+
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return ops.linear(x, self.packed, self.scales, self.sums, bias, self.outputs, *self.arguments)
+        return ops.linear(
+            x, self.packed, self.scales, self.sums, bias, self.outputs, *self.arguments, self.weight_group
+        )
 
 
 def plan_arguments(plan: LinearPlan) -> tuple[list[int], list[int], int, torch.Tensor | None]:

@@ -34,6 +34,18 @@ PLANS: dict[str, tuple[LinearPlan, int]] = {
     ),
     "down_blocks_with_high": _plan(LinearSite(low=96, high=32, scales="block", hadamard_groups=4)),
     "down_one_scale": _plan(LinearSite(low=256, high=0, scales="token", hadamard_groups=2)),
+    "down_blocks_of_two_hadamards": _plan(
+        LinearSite(low=384, high=128, scales="block", scale_groups=4, hadamard_groups=16)
+    ),
+    "blocks_without_hadamard": _plan(LinearSite(low=96, high=24, scales="block", scale_groups=3)),
+    "o_proj_heads_in_blocks": _plan(LinearSite(low=224, high=32, scales="block", scale_groups=2, order="heads")),
+    "weight_groups": _plan(LinearSite(low=256, high=0, scales="token", act_low_bits=8, weight_group=64)),
+    "weight_groups_odd": _plan(LinearSite(low=99, high=11, act_low_bits=8, weight_low_bits=8, weight_group=33)),
+    "weight_groups_of_one": _plan(LinearSite(low=8, high=2, weight_group=1)),
+    "weight_groups_over_heads": _plan(LinearSite(low=224, high=32, scales="head", order="heads", weight_group=32)),
+    "weight_group_a_block": _plan(
+        LinearSite(low=256, high=0, scales="block", scale_groups=4, hadamard_groups=8, weight_group=64)
+    ),
     "down_tiny_blocks": _plan(LinearSite(low=24, high=0, scales="block", hadamard_groups=12)),
     "all_high": _plan(LinearSite(low=0, high=36)),
     "one_column": (LinearPlan((Segment(1, 1, 0),), (8,)), 4),
@@ -50,7 +62,7 @@ def _input(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tens
 def _check(weights: Weights, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     plan = weights.plan
     codes, scale, zero = reference.quantize_activation(x, plan)
-    expected = reference.linear(x, weights.low, weights.high, weights.scales[0], weights.scales[1], plan, bias)
+    expected = weights.reference(x, bias)
     for isa in ISAS:
         with running(isa):
             assert_identical(ops.quantize_activation(x, *plan_arguments(plan)), (codes, scale, zero), isa)
@@ -80,6 +92,34 @@ def test_any_width(low: int, high: int, outputs: int, seed: int) -> None:
         segments = [Segment(2, 0, 0)]
     plan = LinearPlan(tuple(segments), tuple([4, 8][-len(segments) :]))
     _check(Weights(plan, outputs, 4, seed), _input(5, plan.columns, torch.float32, seed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    group=st.integers(1, 24),
+    groups=st.integers(1, 6),
+    heads=st.sampled_from([1, 2, 4]),
+    high=st.integers(0, 12),
+    low_bits=st.sampled_from([4, 8]),
+    shared=st.booleans(),
+    outputs=st.integers(1, 90),
+    seed=st.integers(0, 2**31),
+)
+def test_any_weight_group(
+    group: int, groups: int, heads: int, high: int, low_bits: int, shared: bool, outputs: int, seed: int
+) -> None:
+    """Weight groups end wherever they end: inside a head, at its edge, over several."""
+    low = 2 * group * groups
+    segments = [
+        s
+        for h in range(heads)
+        for s in (Segment(low, 0, 0 if shared else 2 * h), Segment(high, 1, 0 if shared else 2 * h + 1))
+        if s.columns
+    ]
+    used = sorted({s.group for s in segments})
+    segments = [Segment(s.columns, s.part, used.index(s.group)) for s in segments]
+    plan = LinearPlan(tuple(segments), (8,) * len(used), weight_group=2 * group * (heads if seed % 2 else 1))
+    _check(Weights(plan, outputs, low_bits, seed), _input(5, plan.columns, torch.float32, seed))
 
 
 @pytest.mark.parametrize("rows", [255, 256, 257, 700])
@@ -127,7 +167,7 @@ def test_strided_rows_and_leading_dims() -> None:
     weights = Weights(plan, 40, low_bits, 2)
     wide = torch.randn(6, 2 * plan.columns, generator=generator(3))
     x = wide[:, : plan.columns]
-    expected = reference.linear(x, weights.low, weights.high, weights.scales[0], weights.scales[1], plan)
+    expected = weights.reference(x)
     assert torch.equal(weights.apply(x), expected)
     assert torch.equal(weights.apply(x.reshape(2, 3, -1)), expected.reshape(2, 3, -1))
     assert torch.equal(weights.apply(x[0]), expected[0])
@@ -175,6 +215,13 @@ def test_bad_arguments_are_named() -> None:
         r"bias must have shape \[40\]": lambda: w.apply(x, torch.zeros(41)),
         r"scales must have shape \[2, 40\]": lambda: ops.linear(
             x, w.packed, w.scales[:1], w.sums, None, 40, *arguments
+        ),
+        "weight_group = 3 does not divide 224 low columns": lambda: ops.linear(
+            x, w.packed, w.scales, w.sums, None, 40, *arguments, 3
+        ),
+        "weight_group must not be negative": lambda: ops.pack_weight(None, w.high, 4, 40, [32, 1, 0], -1),
+        r"scales must have shape \[8, 40\]": lambda: ops.linear(
+            x, w.packed, w.scales, w.sums, None, 40, *arguments, 32
         ),
         "group_bits must be 4 or 8, not 3": lambda: ops.quantize_activation(x, arguments[0], [3, 8]),
         "activation group 1 has no entry": lambda: ops.quantize_activation(x, arguments[0], [4]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, VOCAB = 128, 8, 2, 16, 256, 2, 96
 
@@ -31,7 +32,7 @@ def quantization_config(**changes: Any) -> dict[str, Any]:
     """quantization_config of the tiny model; ``changes`` replace top-level fields."""
     config: dict[str, Any] = {
         "quant_method": "resq",
-        "format_version": 1,
+        "format_version": 2,
         "tool_version": "test",
         "high_fraction": 0.125,
         "head_dim": HEAD_DIM,
@@ -89,3 +90,25 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
     cleanup_dist_env_and_memory()
     patch.undo()
+
+
+@pytest.fixture
+def rank_of(monkeypatch: pytest.MonkeyPatch, process_group: None) -> Callable[[int, int], None]:
+    """rank_of(rank, size): layers made from now on believe to be that rank."""
+    import vllm.model_executor.layers.linear as layers
+    import vllm.model_executor.parameter as parameter
+
+    def set_rank(rank: int, size: int) -> None:
+        for module in (layers, parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+    return set_rank
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    """default_dtype(dtype): torch's default from now on, as vLLM sets it to the served dtype while it builds layers."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)

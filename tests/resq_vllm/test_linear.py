@@ -70,20 +70,6 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
 
 
-@pytest.fixture
-def rank_of(monkeypatch: pytest.MonkeyPatch, process_group: None) -> Callable[[int, int], None]:
-    """rank_of(rank, size): layers made from now on believe to be that rank."""
-    import vllm.model_executor.layers.linear as layers
-    import vllm.model_executor.parameter as parameter
-
-    def set_rank(rank: int, size: int) -> None:
-        for module in (layers, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-
-    return set_rank
-
-
 def config_with(**sites: dict[str, Any]) -> ResQConfig:
     base = quantization_config()
     return ResQConfig.from_config({**base, "sites": {**base["sites"], **sites}})

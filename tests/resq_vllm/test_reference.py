@@ -18,6 +18,9 @@ SITES = {
     "out_paper": (LinearSite(low=224, high=32, scales="head", order="heads"), 256),
     "down_blocks": (LinearSite(low=768, high=0, scales="block", hadamard_groups=8), 384),
     "down_one_scale": (LinearSite(low=768, high=0, scales="token", hadamard_groups=8), 768),
+    "blocks_of_two": (LinearSite(low=96, high=32, scales="block", scale_groups=2, hadamard_groups=8), 128),
+    "weight_groups": (LinearSite(low=192, high=0, scales="token", act_low_bits=8, weight_group=48), 192),
+    "weight_groups_heads": (LinearSite(low=224, high=32, scales="part", order="heads", weight_group=28), 256),
     "blocks_with_high": (LinearSite(low=96, high=32, scales="block", hadamard_groups=4), 128),
 }
 LAYOUTS = [KVLayout(64, 8), KVLayout(32, 4), KVLayout(128, 16), KVLayout(80, 10), KVLayout(64, 0), KVLayout(64, 8, 8)]
@@ -56,12 +59,14 @@ def test_integer_linear_equals_fake_quantization(name: str) -> None:
     widths = plan.part_columns
     low = torch.randint(-8, 8, (20, widths[0]), generator=generator, dtype=torch.int8)
     high = torch.randint(-127, 128, (20, widths[1]), generator=generator, dtype=torch.int8)
-    low_scale, high_scale = torch.rand(20, generator=generator), torch.rand(20, generator=generator)
+    groups = (20, site.weight_groups) if site.weight_group else (20,)
+    low_scale, high_scale = torch.rand(groups, generator=generator), torch.rand(20, generator=generator)
     bias = torch.randn(20, generator=generator)
     x = torch.randn(7, columns, generator=generator)
     y = reference.linear(x, low, high, low_scale, high_scale, plan, bias)
     fake = reference.fake_quantize_activation(x, plan).double()
-    expected = fake[:, plan.part_index(0)] @ (low.double() * low_scale.double()[:, None]).T
+    expanded = low_scale.double().reshape(20, -1).repeat_interleave(widths[0] // site.weight_groups, 1)
+    expected = fake[:, plan.part_index(0)] @ (low.double() * expanded).T
     expected += fake[:, plan.part_index(1)] @ (high.double() * high_scale.double()[:, None]).T
     torch.testing.assert_close(y.double(), expected + bias, rtol=1e-5, atol=1e-4)
 

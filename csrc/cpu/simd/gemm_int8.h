@@ -60,7 +60,7 @@ void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column,
     micro_run<MR>(run, bits, weights + run.weight_at, args.codes + row * args.code_stride + run.activation_at,
                   args.code_stride, acc);
     const int32_t weight_offset = run.nibbles ? 8 : 128;
-    const float* weight_scale = args.weight_scale + run.part * args.n + column;
+    const float* weight_scale = args.weight_scale + run.scale_row * args.n + column;
     const int32_t* weight_sum = args.weight_sum + r * args.n + column;
     for (int64_t m = 0; m < MR; ++m) {
       const int64_t at = (row + m) * plan.n_groups + run.group;

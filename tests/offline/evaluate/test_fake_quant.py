@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from offline.evaluate.fake_quant import FakeQuantCache, FakeQuantLinear, attach_cache, fake_quant_attention
-from offline.quantize.mixed import quantize_linear
+from offline.quantize.groupwise import groupwise
+from offline.quantize.lowrank import LowRank
+from offline.quantize.mixed import QuantizedLinear, quantize_linear
 from resq_vllm import reference
 from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.metadata import LinearSite
@@ -36,6 +38,25 @@ def test_linear_equals_the_reference(site: LinearSite, with_bias: bool) -> None:
     expected = reference.linear(x.flatten(0, 1), q.low, q.high, q.low_scale, q.high_scale, plan, bias)
     torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
     assert (FakeQuantLinear(quantized, bias)(x.bfloat16())).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scales", ["token", "block"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_weight_groups_and_correction_equal_the_reference(scales: str, rank: int) -> None:
+    torch.manual_seed(1)
+    groups = {"scale_groups": 4} if scales == "block" else {}
+    fields = {"low": 96, "high": 0, "act_low_bits": 8, "scales": scales, "weight_group": 24, "low_rank": rank}
+    plan = linear_plan(LinearSite.model_validate(fields | groups), 96, 16)
+    rounded = groupwise(torch.randn(40, 96), 24)
+    correction = LowRank(torch.randn(96, rank), torch.randn(rank, 40)) if rank else None
+    none, zero = torch.empty(40, 0, dtype=torch.int8), torch.zeros(40)
+    quantized = QuantizedLinear(rounded.codes, none, rounded.scale, zero, plan, correction=correction)
+    x, bias = torch.randn(3, 7, 96), torch.randn(40)
+    expected = reference.linear(x.flatten(0, 1), rounded.codes, none, rounded.scale, zero, plan, bias)
+    if correction is not None:
+        expected = expected + x.flatten(0, 1) @ correction.a @ correction.b
+    found = FakeQuantLinear(quantized, bias)(x)
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def packed_attention(

@@ -29,7 +29,7 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 2}, r"config.json: format_version 2 is unknown .* reads format 1"),
+        ({"format_version": 3}, r"config.json: format_version 3 is unknown .* reads formats 1 and 2"),
         ({"quant_method": "awq"}, r"quant_method is 'awq'.* not quantized by resq"),
         ({"head_dim": 0}, r"field head_dim is invalid"),
         ({"colour": "red"}, r"field colour is invalid"),
@@ -42,18 +42,52 @@ def test_invalid_field_is_named(change: dict[str, Any], sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "site",
+    ("site", "reason"),
     [
-        {"low": 224, "high": 32, "scales": "head"},
-        {"low": 224, "high": 32, "scales": "block"},
-        {"low": 100, "high": 0, "hadamard_groups": 8},
-        {"low": 0, "high": 0},
+        ({"low": 224, "high": 32, "scales": "head"}, "order = heads"),
+        ({"low": 224, "high": 32, "scales": "block"}, "need hadamard_groups or scale_groups"),
+        ({"low": 100, "high": 0, "hadamard_groups": 8}, "hadamard_groups = 8 does not divide"),
+        ({"low": 0, "high": 0}, "both 0"),
+        ({"low": 256, "high": 0, "scales": "token", "scale_groups": 4}, "scale_groups need scales = block"),
+        ({"low": 256, "high": 0, "scales": "block", "scale_groups": 3}, "scale_groups = 3 does not divide"),
+        ({"low": 252, "high": 4, "scales": "block", "scale_groups": 8}, "scale_groups = 8 does not divide"),
+        (
+            {"low": 256, "high": 0, "scales": "block", "scale_groups": 8, "hadamard_groups": 4},
+            "hadamard_groups = 4 is no multiple of scale_groups = 8",
+        ),
+        (
+            {"low": 224, "high": 32, "scales": "block", "scale_groups": 2, "hadamard_groups": 4},
+            "a Hadamard block of 64 columns straddles",
+        ),
+        ({"low": 224, "high": 32, "weight_group": 64}, "weight_group = 64 does not divide 224"),
+        ({"low": 0, "high": 32, "weight_group": 32}, "weight_group = 32 does not divide 0"),
+        ({"low": 224, "high": 32, "low_rank": -1}, "low_rank"),
     ],
 )
-def test_contradictory_sites_are_refused(site: dict[str, Any]) -> None:
+def test_contradictory_sites_are_refused(site: dict[str, Any], reason: str) -> None:
     config = valid()
     config["sites"]["o"] = site
-    with pytest.raises(ResQError, match=r"field sites\.o"):
+    with pytest.raises(ResQError, match=rf"field sites\.o.*{reason}"):
+        QuantizationMetadata.from_dict(config)
+
+
+def test_format_1_is_read_as_before() -> None:
+    site = {"low": 224, "high": 32}
+    down = {"low": 768, "high": 0, "scales": "block", "hadamard_groups": 8}
+    sites = {"qkv": site, "o": site, "gate_up": site, "down": down}
+    metadata = QuantizationMetadata.from_dict(valid() | {"format_version": 1, "sites": sites})
+    assert metadata.format_version == 1
+    assert (metadata.sites["down"].scale_blocks, metadata.sites["down"].weight_groups) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [{"weight_group": 32}, {"low_rank": 8}, {"scales": "block", "scale_groups": 8}],
+)
+def test_format_2_fields_in_a_format_1_file_are_refused(newer: dict[str, Any]) -> None:
+    config = valid() | {"format_version": 1}
+    config["sites"]["o"] = {"low": 256, "high": 0} | newer
+    with pytest.raises(ResQError, match=r"sites\.o\.\w+ is of format 2, not 1"):
         QuantizationMetadata.from_dict(config)
 
 
