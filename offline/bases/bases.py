@@ -72,7 +72,8 @@ class Bases:
     """Orthogonal P with the variance along each column, per site; float64.
 
     ``residual`` [d, d], ``value`` [L, kv, hd, hd], ``key`` [L, hd, hd]; the variances have one dimension less and, for
-    PCA, ascend. P does not depend on the high counts: one saved basis serves every rank.
+    PCA, ascend. P does not depend on the high counts: one saved basis serves every rank. ``down_energy`` [L, f]: mean
+    x_j² of down_proj's input channels, which are not rotated but ordered by it.
     """
 
     residual: torch.Tensor
@@ -81,6 +82,7 @@ class Bases:
     residual_variance: torch.Tensor
     value_variance: torch.Tensor
     key_variance: torch.Tensor
+    down_energy: torch.Tensor
     fingerprint: str
 
     @classmethod
@@ -101,13 +103,23 @@ class Bases:
         made = {site: _basis(means[site], (kinds or {}).get(site, "pca"), site, seed) for site in SITES}
         vectors = {site: made[site][1] for site in SITES}
         variances = {f"{site}_variance": made[site][0] for site in SITES}
-        return cls(**vectors, **variances, fingerprint=moments.fingerprint)
+        energy = moments.down.cpu() / moments.value[0].tokens
+        return cls(**vectors, **variances, down_energy=energy, fingerprint=moments.fingerprint)
 
-    def compose(self, high_hidden: int, high_head: int, seed: int, random_rotation: bool = True) -> Rotations:
+    def compose(
+        self,
+        high_hidden: int,
+        high_head: int,
+        seed: int,
+        random_rotation: bool = True,
+        lowest_hidden: int = 0,
+        lowest_head: int = 0,
+    ) -> Rotations:
         """U = P·blkdiag(R_low, R_high) with the last ``high_hidden`` (``high_head``) columns as the high part.
 
-        0 and the full dimension are allowed. ``random_rotation=False`` gives U = P (for ablations). Raises ResQError
-        for a high count out of range.
+        0 and the full dimension are allowed. ``random_rotation=False`` gives U = P (for ablations). The first
+        ``lowest_hidden`` (``lowest_head``) columns get a rotation of their own, for a third precision below the low
+        one. Raises ResQError for a high count out of range.
         """
         for name, high, dim in (
             ("hidden", high_hidden, self.residual.shape[-1]),
@@ -120,12 +132,14 @@ class Bases:
         layers, kv, hd, _ = self.value.shape
         value = torch.stack(
             [
-                torch.stack([subspace_rotation(hd, high_head, seed, "value", i, t) for t in range(kv)])
+                torch.stack(
+                    [subspace_rotation(hd, high_head, seed, "value", i, t, lowest=lowest_head) for t in range(kv)]
+                )
                 for i in range(layers)
             ]
         )
-        key = torch.stack([subspace_rotation(hd, high_head, seed, "key", i) for i in range(layers)])
-        residual = subspace_rotation(self.residual.shape[-1], high_hidden, seed, "residual")
+        key = torch.stack([subspace_rotation(hd, high_head, seed, "key", i, lowest=lowest_head) for i in range(layers)])
+        residual = subspace_rotation(self.residual.shape[-1], high_hidden, seed, "residual", lowest=lowest_hidden)
         return Rotations(self.residual @ residual, self.value @ value, self.key @ key, high_hidden, high_head)
 
     def captured(self, high_hidden: int, high_head: int) -> CapturedVariance:
@@ -142,6 +156,7 @@ class Bases:
         for site in SITES:
             tensors[site] = getattr(self, site)
             tensors[f"{site}_variance"] = getattr(self, f"{site}_variance")
+        tensors["down_energy"] = self.down_energy
         save_tensors(path, tensors, dict(metadata or {}) | {"kind": KIND, "fingerprint": self.fingerprint})
 
     @classmethod
@@ -154,6 +169,8 @@ class Bases:
         tensors, metadata = load_tensors(path, KIND)
         try:
             parts = {name: tensors[name].double() for site in SITES for name in (site, f"{site}_variance")}
+            # Releases before the high part of down_proj did not write it.
+            parts["down_energy"] = tensors.get("down_energy", torch.zeros(len(parts["key"]), 0, dtype=torch.float64))
             bases = cls(**parts, fingerprint=metadata["fingerprint"])
         except KeyError as error:
             raise ResQError(f"{path}: lacks {error}; delete it and compute the basis again") from error

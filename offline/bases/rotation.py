@@ -20,10 +20,8 @@ def haar_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
     return q * signs
 
 
-def subspace_rotation(n: int, high: int, seed: int, *name: str | int) -> torch.Tensor:
-    """blkdiag(R_low [n−high], R_high [high]), float64 [n, n]; ``high`` = 0 or n leaves one block."""
-    result = torch.zeros(n, n, dtype=torch.float64)
-    low = n - high
-    result[:low, :low] = haar_orthogonal(low, named_generator(seed, *name, "low"))
-    result[low:, low:] = haar_orthogonal(high, named_generator(seed, *name, "high"))
-    return result
+def subspace_rotation(n: int, high: int, seed: int, *name: str | int, lowest: int = 0) -> torch.Tensor:
+    """blkdiag(R_lowest [lowest], R_low [n−high−lowest], R_high [high]), float64 [n, n]; a block may be empty."""
+    blocks = {"lowest": lowest, "low": n - high - lowest, "high": high}
+    matrices = [haar_orthogonal(width, named_generator(seed, *name, block)) for block, width in blocks.items()]
+    return torch.block_diag(*(matrix for matrix in matrices if len(matrix)))

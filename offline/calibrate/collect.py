@@ -76,9 +76,13 @@ def _observers(moments: ModelMoments, index: int) -> dict[Observed, Observer]:
         # [B, kv, T, hd] -> [kv, B·T, hd]
         moments.value[index].update(x.transpose(0, 1).flatten(1, 2))
 
+    def down(x: torch.Tensor) -> None:
+        moments.down[index] += x.reshape(-1, x.shape[-1]).to(moments.down).square().sum(0)
+
     return {
         "qkv": moments.residual.update,
         "gate_up": moments.residual.update,
         "value": value,
         "key": moments.key[index].update,
+        "down": down,
     }

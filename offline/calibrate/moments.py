@@ -11,7 +11,7 @@ from offline.calibrate.storage import load_tensors, save_tensors
 from offline.models.adapter import ModelAdapter
 from resq_vllm.errors import ResQError
 
-KIND = "resq-moments-1"
+KIND = "resq-moments-2"
 
 
 class SecondMoments:
@@ -77,12 +77,14 @@ class ModelMoments:
 
     ``residual`` [d, d]: inputs of q/k/v and gate/up of all layers (norm weights folded out), one sum.
     ``value`` per layer [kv, hd, hd]: v_proj outputs with bias. ``key`` per layer [hd, hd]: keys after RoPE, summed over
-    kv heads. ``fingerprint`` ties them to a model and its calibration tokens.
+    kv heads. ``down`` [L, f]: Σ x_j² of down_proj's inputs, channel by channel. ``fingerprint`` ties them to a model
+    and its calibration tokens.
     """
 
     residual: SecondMoments
     value: list[SecondMoments]
     key: list[SecondMoments]
+    down: torch.Tensor
     layers_done: int
     fingerprint: str
 
@@ -94,13 +96,14 @@ class ModelMoments:
             residual=SecondMoments(adapter.hidden_size, device=device),
             value=[SecondMoments(adapter.head_dim, adapter.num_kv_heads, device) for _ in layers],
             key=[SecondMoments(adapter.head_dim, device=device) for _ in layers],
+            down=torch.zeros(adapter.num_layers, adapter.intermediate_size, dtype=torch.float64, device=device),
             layers_done=0,
             fingerprint=fingerprint,
         )
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file (float64), whole or not at all."""
-        tensors = {"residual": self.residual.sum.cpu()}
+        tensors = {"residual": self.residual.sum.cpu(), "down": self.down.cpu()}
         tokens = {"tokens.residual": str(self.residual.tokens)}
         for name, moments in (("value", self.value), ("key", self.key)):
             tensors[name] = torch.stack([m.sum for m in moments]).cpu()
@@ -118,7 +121,7 @@ class ModelMoments:
         try:
             counts = {n: [int(t) for t in metadata[f"tokens.{n}"].split(",")] for n in ("residual", "value", "key")}
             sums = {"residual": tensors["residual"][None], "value": tensors["value"], "key": tensors["key"]}
-            layers_done, found = int(metadata["layers_done"]), metadata["fingerprint"]
+            layers_done, found, down = int(metadata["layers_done"]), metadata["fingerprint"], tensors["down"]
         except (KeyError, ValueError) as error:
             raise ResQError(f"{path}: lacks {error}; delete it and calibrate again") from error
         if fingerprint is not None and found != fingerprint:
@@ -132,4 +135,6 @@ class ModelMoments:
                 moments = SecondMoments(1)
                 moments.sum, moments.tokens = matrix.to(device, copy=True), tokens
                 loaded[name].append(moments)
-        return cls(loaded["residual"][0], loaded["value"], loaded["key"], layers_done, found)
+        return cls(
+            loaded["residual"][0], loaded["value"], loaded["key"], down.to(device, copy=True), layers_done, found
+        )

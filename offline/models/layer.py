@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from offline.models.adapter import SITE_LINEARS, LinearName, ModelAdapter
 from offline.models.attention import AttentionHook, set_attention_hook
@@ -76,6 +77,36 @@ class LoadedLayer:
         with self._hooked(observers or {}):
             output = self._module(hidden, **self._positions(hidden))
         return output[0] if isinstance(output, tuple) else output
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor now in use, by its full name; not copies."""
+        prefix = self._adapter.layer_prefix(self.index)
+        return {prefix + name: value.data for name, value in self._module.named_parameters()}
+
+    def differentiable(self, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """As :meth:`forward`, but gradients flow through ``hidden``, transforms, hook and ``tensors``.
+
+        ``tensors`` (full names, all of the layer's) stand in for the layer's own in this call alone.
+        """
+        prefix = self._adapter.layer_prefix(self.index)
+        parameters = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        with self._hooked({}):
+            output = functional_call(self._module, parameters, (hidden,), dict(self._positions(hidden)), strict=True)
+        return output[0] if isinstance(output, tuple) else output
+
+    def install(self, module: nn.Module) -> None:
+        """Give another module of the same kind this layer's transforms and attention hook, for good.
+
+        ``module`` must be of a model whose attention is :data:`offline.models.attention.ATTENTION_NAME`.
+        """
+        for site, names in SITE_LINEARS.items():
+            transform = self.transforms.get(site)
+            if transform is not None:
+                hook = _input_hook(transform, None)
+                for name in names:
+                    module.get_submodule(self._adapter.linear_paths[name]).register_forward_pre_hook(hook)
+        if self.attention_hook is not None:
+            set_attention_hook(module.get_submodule(self._adapter.attention_path), self.attention_hook)
 
     def run(self, hiddens: list[torch.Tensor], observers: Mapping[Observed, Observer] | None = None) -> None:
         """Replace each batch of hidden states by the layer's output, one batch in memory at a time."""

@@ -55,6 +55,21 @@ def fuse_layer(
     _check(adapter, rotation)
     device = rotation.residual.device
     work = {name: value.to(device, torch.float64) for name, value in fold_norms(tensors, adapter, layer).items()}
+    down = adapter.linear(layer, "down") + ".weight"
+    work[down] = rotate_rows(work[down], hadamard_groups)
+    fused = rotate_layer(work, adapter, layer, rotation)
+    return {name: value.to(tensors[name].device, dtype) for name, value in fused.items()}
+
+
+def rotate_layer(
+    folded: Mapping[str, torch.Tensor], adapter: ModelAdapter, layer: int, rotation: LayerRotation
+) -> dict[str, torch.Tensor]:
+    """The part of :func:`fuse_layer` that depends on U_A and U_B, in the one dtype of weights and rotation.
+
+    ``folded``: the layer's tensors with norms folded and H_D in down's columns. Differentiable in U_A and U_B; sizes
+    are not checked. U_C is not read.
+    """
+    work = dict(folded)
     basis, heads = rotation.residual, rotation.value
     kv, hd, group = adapter.num_kv_heads, adapter.head_dim, adapter.heads_per_kv
 
@@ -71,11 +86,11 @@ def fuse_layer(
         work[bias("v")] = (work[bias("v")].view(kv, 1, hd) @ heads).flatten()
     columns = work[weight("o")].view(-1, kv, group, hd)
     work[weight("o")] = basis.T @ torch.einsum("nkgi,kij->nkgj", columns, heads).flatten(1)
-    work[weight("down")] = basis.T @ rotate_rows(work[weight("down")], hadamard_groups)
+    work[weight("down")] = basis.T @ work[weight("down")]
     for name in ("o", "down"):
         if bias(name) in work:
             work[bias(name)] = work[bias(name)] @ basis
-    return {name: value.to(tensors[name].device, dtype) for name, value in work.items()}
+    return work
 
 
 def rotate_rows(x: torch.Tensor, groups: int) -> torch.Tensor:

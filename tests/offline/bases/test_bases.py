@@ -13,7 +13,7 @@ from offline.calibrate.moments import ModelMoments, SecondMoments
 from offline.calibrate.storage import save_tensors
 from resq_vllm.errors import ResQError
 
-D, HD, KV, LAYERS = 32, 8, 2, 3
+D, HD, KV, LAYERS, FFN = 32, 8, 2, 3, 64
 
 
 def random_moments(seed: int = 0) -> ModelMoments:
@@ -27,6 +27,7 @@ def random_moments(seed: int = 0) -> ModelMoments:
         residual=SecondMoments(D),
         value=[SecondMoments(HD, KV) for _ in range(LAYERS)],
         key=[SecondMoments(HD) for _ in range(LAYERS)],
+        down=torch.rand(LAYERS, FFN, generator=generator, dtype=torch.float64),
         layers_done=LAYERS,
         fingerprint="abc",
     )
@@ -151,7 +152,7 @@ def test_truncated_basis(tmp_path: Path) -> None:
 
 def test_file_of_another_kind(tmp_path: Path) -> None:
     random_moments().save(tmp_path / "moments.safetensors")
-    with pytest.raises(ResQError, match="holds resq-moments-1 data, not resq-basis-1"):
+    with pytest.raises(ResQError, match="holds resq-moments-2 data, not resq-basis-1"):
         Bases.load(tmp_path / "moments.safetensors")
 
 
