@@ -84,10 +84,16 @@ def _summary(metadata: QuantizationMetadata, base: str) -> str:
     plain = 4 * metadata.head_dim * len(metadata.kv_cache)
     site = metadata.sites["qkv"]
     share = f", {metadata.high_fraction:.1%} of both in {site.weight_high_bits} bits" if site.high else ""
+    method, paper = "ResQ", "2412.14363"
+    if site.low_rank:
+        method, paper = str(metadata.recipe.get("method", "LQER")), "2402.02446"
+        share += f", a correction of rank {site.low_rank}"
+    ratio = plain / kv_bytes_per_head(metadata)
+    cache = "a 16-bit KV cache" if ratio == 1 else f"a KV cache {ratio:.2f} times smaller than bf16"
     return (
-        f"{base} quantized with ResQ ([arXiv 2412.14363](https://arxiv.org/abs/2412.14363)) by resq-vllm "
+        f"{base} quantized with {method} ([arXiv {paper}](https://arxiv.org/abs/{paper})) by resq-vllm "
         f"{metadata.tool_version}: weights in {site.weight_low_bits} and activations in {site.act_low_bits} "
-        f"bits{share}, and a KV cache {plain / kv_bytes_per_head(metadata):.2f} times smaller than bf16."
+        f"bits{share}, and {cache}."
     )
 
 
@@ -141,6 +147,10 @@ def _site_row(name: str, site: LinearSite) -> str:
     activations = [f"{site.act_low_bits} bits"]
     if site.high and site.scales != "token":
         activations = [f"{site.act_low_bits} bits"] * bool(site.low) + [f"{site.act_high_bits} bits"]
+    if site.weight_group:
+        weights[0] += f" in groups of {site.weight_group}"
+    if site.low_rank:
+        weights[-1] += f", rank {site.low_rank}"
     columns = [str(count) for count in (site.low, site.high) if count]
     hadamard = f", Hadamard in {site.hadamard_groups} blocks" if site.hadamard_groups else ""
     scales = f"one scale a token and {site.scales}" if site.scales != "token" else "one scale a token"

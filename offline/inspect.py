@@ -22,7 +22,10 @@ _BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One kind of linear layer over all decoder layers: columns of an input, bits, bytes in the files."""
+    """One kind of linear layer over all decoder layers: columns of an input, bits, bytes in the files.
+
+    ``weight_group``: columns that share a weight scale, 0 = all; ``low_rank``: of the correction.
+    """
 
     site: str
     modules: int
@@ -36,6 +39,14 @@ class SiteReport:
     high_bytes: int
     scale_bytes: int
     weights: int
+    weight_group: int = 0
+    low_rank: int = 0
+    correction_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """All tensors of the site: codes, scales and low-rank corrections."""
+        return self.low_bytes + self.high_bytes + self.scale_bytes + self.correction_bytes
 
     @property
     def weight_bits(self) -> float:
@@ -58,8 +69,8 @@ class VarianceReport:
 class CheckpointReport:
     """Everything ``resq inspect`` shows. Bytes are those of tensors in the files.
 
-    ``average_bits`` counts codes and scales of the packed linears; ``kv_bytes_per_token`` and its bf16 counterpart
-    count K and V of all layers and kv heads.
+    ``average_bits`` counts codes, scales and low-rank corrections of the packed linears; ``kv_bytes_per_token`` and its
+    bf16 counterpart count K and V of all layers and kv heads.
     """
 
     directory: str
@@ -123,15 +134,16 @@ class CheckpointReport:
         table = Table(title="sizes", show_header=False, box=SIMPLE)
         table.add_column("what")
         table.add_column("size", justify="right")
-        table.add_row(
-            "packed linear layers", _size(sum(s.low_bytes + s.high_bytes + s.scale_bytes for s in self.sites))
-        )
+        table.add_row("packed linear layers", _size(sum(s.bytes - s.correction_bytes for s in self.sites)))
+        if any(s.low_rank for s in self.sites):
+            ranks = ", ".join(dict.fromkeys(str(s.low_rank) for s in self.sites))
+            table.add_row(f"low-rank corrections (rank {ranks})", _size(sum(s.correction_bytes for s in self.sites)))
         table.add_row("embedding", _size(self.embedding_bytes))
         table.add_row("lm_head", _size(self.lm_head_bytes))
         table.add_row("key rotations", _size(self.rotation_bytes))
         table.add_row("norms, biases, layers in 16 bits", _size(self.other_bytes))
         table.add_row("[bold]total[/bold]", f"[bold]{_size(self.total_bytes)}[/bold]")
-        table.add_row("bits a packed weight, scales included", f"{self.average_bits:.3f}")
+        table.add_row("bits a packed weight, scales and corrections included", f"{self.average_bits:.3f}")
         table.add_row("KV cache", _kv_summary(self.kv_bits, self.kv_high, self.head_dim))
         ratio = self.kv_bytes_per_token_bf16 / self.kv_bytes_per_token
         table.add_row("KV bytes a token", f"{self.kv_bytes_per_token:,}")
@@ -157,7 +169,7 @@ def inspect_checkpoint(directory: Path) -> CheckpointReport:
     metadata = checkpoint.metadata
     sizes = {name: checkpoint.nbytes(name) for name in checkpoint.specs}
     sites = [_site(checkpoint, name, sizes) for name in SITES]
-    linear_bytes = sum(s.low_bytes + s.high_bytes + s.scale_bytes for s in sites)
+    linear_bytes = sum(s.bytes for s in sites)
     weights = sum(s.weights for s in sites)
     embedding = sum(sizes[n] for n in sizes if n.endswith("embed_tokens.weight"))
     lm_head = sum(sizes[n] for n in sizes if n.startswith("lm_head."))
@@ -222,6 +234,9 @@ def _site(checkpoint: ResQCheckpoint, name: str, sizes: dict[str, int]) -> SiteR
         high_bytes=add_up(["weight_high"]),
         scale_bytes=add_up(["weight_low_scale", "weight_high_scale"]),
         weights=sum(linear.out_features * linear.in_features for linear in modules.values()),
+        weight_group=site.weight_group,
+        low_rank=site.low_rank,
+        correction_bytes=add_up(["low_rank_a", "low_rank_b"]),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -38,6 +38,18 @@ def streaming_perplexity(
         layer(index).run(hiddens)
         if progress is not None:
             progress(index + 1, layers)
+    return perplexity(sequence_nll(runner, batches, hiddens, final_norm, lm_head), sequences)
+
+
+@torch.no_grad()
+def sequence_nll(
+    runner: LayerRunner,
+    batches: Sequence[torch.Tensor],
+    hiddens: Sequence[torch.Tensor],
+    final_norm: torch.Tensor,
+    lm_head: torch.Tensor,
+) -> list[float]:
+    """Summed NLL in nats of each sequence: token ids [B, T] and the last layer's outputs [B, T, d], batch by batch."""
     nll: list[float] = []
     for ids, hidden in zip(batches, hiddens, strict=True):
         for row, states in zip(ids, hidden, strict=True):
@@ -49,4 +61,4 @@ def streaming_perplexity(
                     cross_entropy(logits, row[start + 1 : stop + 1].to(logits.device), reduction="sum").double()
                 )
             nll.append(float(torch.stack(losses).sum()))
-    return perplexity(nll, sequences)
+    return nll

@@ -31,6 +31,17 @@ def thread_binding(cores: list[int], ranks: int) -> str:
     return "|".join(",".join(str(core) for core in part) for part in parts)
 
 
+def machine_options(tensor_parallel: int, kv_cache_bytes: int | None = None) -> dict[str, Any]:
+    """Arguments of vLLM's LLM that depend on the machine; binds threads in the environment when this is a CPU.
+
+    ``kv_cache_bytes``: size of the KV cache per rank; None = 1 GiB on a CPU, vLLM's default elsewhere.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault(_THREADS_VARIABLE, thread_binding(sorted(os.sched_getaffinity(0)), tensor_parallel))
+        kv_cache_bytes = kv_cache_bytes or _CPU_KV_CACHE_BYTES
+    return {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
+
+
 def vllm_nll(
     directory: Path,
     sequences: Sequences,
@@ -52,9 +63,6 @@ def vllm_nll(
     Raises ResQError when vLLM is not installed.
 
     """
-    cpu = not torch.cuda.is_available()
-    if cpu and _THREADS_VARIABLE not in os.environ:
-        os.environ[_THREADS_VARIABLE] = thread_binding(sorted(os.sched_getaffinity(0)), tensor_parallel)
     longest = max(len(ids) for ids in sequences.ids)
     if longest + 1 > context_length(directory):
         # Only the prompt is scored; the one token that vLLM insists on generating is never fed back past the context.
@@ -65,9 +73,7 @@ def vllm_nll(
         raise ResQError(
             f"the vllm engine cannot be imported ({error}); install vLLM or use the torch engine"
         ) from error
-    if cpu and kv_cache_bytes is None:
-        kv_cache_bytes = _CPU_KV_CACHE_BYTES
-    options: dict[str, Any] = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
+    options = machine_options(tensor_parallel, kv_cache_bytes)
     llm = LLM(
         model=str(directory),
         tensor_parallel_size=tensor_parallel,

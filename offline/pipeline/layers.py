@@ -1,23 +1,29 @@
 """Quantizes one decoder layer: fused weights in, checkpoint tensors out, and the hidden states moved on.
 
-GPTQ sees the unquantized rotated activations that the already quantized earlier weights produce (method §3), in the
-order {q, k, v}, {o}, {gate, up}, {down}.
+Linears are quantized in the order {q, k, v}, {o}, {gate, up}, {down}. By default they read what the finished part of
+the model puts out when it is served, everything rounded, and make up for what was lost (offline.quantize.compensate).
+Without compensation GPTQ sees, as in the paper, the unrounded activations that the quantized weights before produce.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from offline.models.adapter import SITE_LINEARS, ModelAdapter
 from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner
+from offline.pack.expected import UNPACKED_KV_BITS
 from offline.pack.names import key_rotation_name
 from offline.pack.tensors import linear_from_tensors, linear_tensors
+from offline.quantize.activations import ActivationQuantizer, KVQuantizer
+from offline.quantize.compensate import Compensation, LayerInputs
 from offline.quantize.gptq import HessianFactor, factorise
-from offline.quantize.hessian import HessianAccumulator
 from offline.quantize.mixed import quantize_linear
+from offline.report.measure import LayerMeasurement
+from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.metadata import SITES, QuantizationMetadata, SiteName
 from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.reference import block_hadamard
@@ -27,6 +33,17 @@ def whole_plan(metadata: QuantizationMetadata, site: SiteName) -> LinearPlan:
     """The plan of a site over all ranks."""
     spec = metadata.sites[site]
     return linear_plan(spec, spec.low + spec.high, metadata.head_dim)
+
+
+@dataclass
+class CalibrationStates:
+    """Hidden states [B, T, d] between two layers, batch by batch: of the quantized model, and of the float one.
+
+    ``reference`` is None where nothing is compensated.
+    """
+
+    hiddens: list[torch.Tensor]
+    reference: list[torch.Tensor] | None = None
 
 
 class LayerQuantizer:
@@ -44,18 +61,32 @@ class LayerQuantizer:
         self.plans: dict[SiteName, LinearPlan] = {site: whole_plan(metadata, site) for site in SITES}
 
     def quantize(
-        self, index: int, fused: Mapping[str, torch.Tensor], rotation: torch.Tensor, hiddens: list[torch.Tensor]
+        self,
+        index: int,
+        fused: Mapping[str, torch.Tensor],
+        rotation: torch.Tensor,
+        states: CalibrationStates,
+        measurement: LayerMeasurement | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Checkpoint tensors of layer ``index``; ``hiddens`` are replaced by the quantized layer's outputs.
+        """Checkpoint tensors of layer ``index``; ``states`` are replaced by the layer's outputs.
 
-        fused: every tensor of the layer after rotation and fusion, by full name; rotation: U_C [hd, hd]; hiddens:
-        inputs [B, T, d] in the rotated basis, empty for RTN.
+        fused: every tensor of the layer after rotation and fusion, by full name; rotation: U_C [hd, hd]; states: inputs
+        in the rotated basis, of which RTN itself needs none; measurement: watches the layer's errors.
         """
         stored = {name: value.to(self._dtype) for name, value in fused.items()}
         layer = self._loaded(index, dict(fused) | {n: v for n, v in stored.items() if not n.endswith("_proj.weight")})
+        if measurement is not None:
+            measurement.observe(layer, states.hiddens)
+        reference = None
+        if states.reference is not None:
+            reference = self._loaded(index, fused)
+            self.set_rounding(layer, rotation)
+        inputs = LayerInputs(layer, states.hiddens, reference, states.reference or ())
         tensors = {self._adapter.norm(index, n): stored[self._adapter.norm(index, n)] for n in self._adapter.norm_paths}
         for site in SITES:
-            factor = None if self._rtn or self.site_ignored(index, site) else self._factor(layer, site, hiddens)
+            factor = compensation = None
+            if not self._rtn and not self.site_ignored(index, site):
+                factor, compensation = self._calibrate(index, site, inputs)
             for name in SITE_LINEARS[site]:
                 module = self._adapter.linear(index, name)
                 bias = stored.get(module + ".bias")
@@ -66,21 +97,51 @@ class LayerQuantizer:
                         tensors[module + ".bias"] = bias
                     continue
                 spec = self._metadata.sites[site]
+                weight = layer.weight(name) if compensation is None else compensation(layer.weight(name))
                 quantized = quantize_linear(
-                    layer.weight(name),
+                    weight,
                     factor,
                     self.plans[site],
                     spec.weight_low_bits,
                     spec.weight_high_bits,
                     name=module,
                 )
+                if measurement is not None:
+                    measurement.linear(site, name, weight, quantized, nearest=factor is None)
                 layer.set_weight(name, quantized.dequantize())
                 tensors |= linear_tensors(quantized, module, bias)
-        if self._metadata.kv_cache[index].low_bits != 16:
+        if self._metadata.kv_cache[index].low_bits != UNPACKED_KV_BITS:
             attention = self._adapter.layer_prefix(index) + self._adapter.attention_path
             tensors[key_rotation_name(attention)] = rotation.float()
-        layer.run(hiddens)
+        layer.run(states.hiddens)
+        if reference is not None and states.reference is not None:
+            reference.run(states.reference)
         return tensors
+
+    def skip(
+        self,
+        index: int,
+        fused: Mapping[str, torch.Tensor],
+        rotation: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        states: CalibrationStates,
+    ) -> None:
+        """Move ``states`` past a layer that an earlier run finished, as :meth:`quantize` did then."""
+        layer = self.restore(index, tensors)
+        if states.reference is not None:
+            self.set_rounding(layer, rotation)
+            self._loaded(index, fused).run(states.reference)
+        layer.run(states.hiddens)
+
+    def set_rounding(self, layer: LoadedLayer, rotation: torch.Tensor | None) -> None:
+        """Make a layer round its activations, K and V as it will when it is served; rotation: U_C [hd, hd] or None."""
+        for site in SITES:
+            if not self.site_ignored(layer.index, site):
+                layer.transforms[site] = ActivationQuantizer.of_plan(self.plans[site])
+        cache = self._metadata.kv_cache[layer.index]
+        if cache.low_bits != UNPACKED_KV_BITS:
+            layout = KVLayout(self._metadata.head_dim, cache.high, cache.low_bits)
+            layer.attention_hook = KVQuantizer.of_layout(layout, rotation).hook()
 
     def restore(self, index: int, tensors: Mapping[str, torch.Tensor]) -> LoadedLayer:
         """The layer that :meth:`quantize` left behind, rebuilt from its checkpoint tensors: bit for bit the same."""
@@ -113,8 +174,8 @@ class LayerQuantizer:
         """Whether that layer's site stays in the model's dtype (q, k, v and gate, up are ignored together)."""
         return self._adapter.linear(index, SITE_LINEARS[site][0]) in self._metadata.ignore
 
-    def _factor(self, layer: LoadedLayer, site: SiteName, hiddens: list[torch.Tensor]) -> HessianFactor:
+    def _calibrate(self, index: int, site: SiteName, inputs: LayerInputs) -> tuple[HessianFactor, Compensation | None]:
         plan = self.plans[site]
-        accumulator = HessianAccumulator(plan.columns)
-        layer.stream_inputs(hiddens, site, accumulator.add)
-        return factorise(accumulator.hessian(), plan, name=self._adapter.linear(layer.index, SITE_LINEARS[site][0]))
+        found = inputs.site(site, plan.columns)
+        name = self._adapter.linear(index, SITE_LINEARS[site][0])
+        return factorise(found.hessian, plan, name=name), found.compensation()

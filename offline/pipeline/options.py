@@ -9,20 +9,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resq_vllm.errors import ResQError
 
-OutputScales = Literal["token8", "part", "head"]
+OutputScales = Literal["token8", "part", "kv", "head"]
+Method = Literal["resq", "lqer", "l2qer"]
+_RESQ_ONLY = (
+    "high_fraction",
+    "high_bits",
+    "o_scales",
+    "down_act_bits",
+    "down_high",
+    "down_groups",
+    "compensate",
+    "rtn",
+)
+_LQER_ONLY = ("rank", "weight_group")
 
 
 class QuantizeOptions(BaseModel):
     """Everything that decides the bytes of a checkpoint, plus where it goes.
 
-    ``o_scales``: "token8" = one 8-bit activation scale per token for the o_proj input (better than the paper's mode on
-    the models measured: 7.40 against 7.47), "part" = one low and one high scale, "head" = the paper's scale per head.
+    ``o_scales``: what shares an activation scale at o_proj: "token8" = the whole input, at 8 bits; at 4 and 8 bits
+    "part" = the input, "kv" = the query heads of a kv head, "head" = a head (the paper). docs/accuracy.md has figures.
+    ``rank`` and ``weight_group`` are of lqer and l2qer alone; the high part, its scales and RTN of resq alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     output: Path
+    method: Method = "resq"
     dataset: str = "bundled"
     nsamples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=2048, ge=8)
@@ -33,9 +47,14 @@ class QuantizeOptions(BaseModel):
     low_bits: Literal[4, 8] = 4
     high_bits: Literal[8] = 8
     kv_bits: tuple[Literal[4, 8, 16], ...] = (4,)
-    o_scales: OutputScales = "token8"
+    o_scales: OutputScales = "part"
     down_act_bits: Literal[4, 8] | None = None
+    down_high: bool = True
+    down_groups: int = Field(default=8, ge=1)
+    compensate: bool = True
     rtn: bool = False
+    rank: int = Field(default=32, ge=0)
+    weight_group: int = Field(default=128, ge=1)
     ignore_layers: tuple[str, ...] = ()
     max_tp: int = Field(default=8, ge=1)
     trust_remote_code: bool = False
@@ -45,22 +64,39 @@ class QuantizeOptions(BaseModel):
     def checked(cls, **values: object) -> QuantizeOptions:
         """Build from command-line values; raises ResQError naming the flag and what it accepts."""
         try:
-            return cls.model_validate(values)
+            options = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             flag = "--" + str(first["loc"][0]).replace("_", "-")
             raise ResQError(f"{flag}: {first['msg']} (given: {first['input']!r})") from error
+        resq = options.method == "resq"
+        for field in _LQER_ONLY if resq else _RESQ_ONLY:
+            if getattr(options, field) != cls.model_fields[field].default:
+                owner = "lqer and l2qer" if resq else "resq"
+                raise ResQError(
+                    f"--{field.replace('_', '-')} belongs to --method {owner}; leave it out with --method "
+                    f"{options.method}"
+                )
+        return options
 
     def recipe(self) -> dict[str, str | int | float | bool | None]:
         """The part that the checkpoint's metadata records: how to make it again, without paths of this machine."""
+        model = self.model if not Path(self.model).exists() else Path(self.model).resolve().name
+        if self.method != "resq":
+            factors: dict[str, str | int | float | bool | None] = {"rank": self.rank, "weight_group": self.weight_group}
+            if self.method == "lqer":
+                return {"model": model, "method": "LQER", **factors}
+            factors |= {"dataset": Path(self.dataset).name, "nsamples": self.nsamples, "seqlen": self.seqlen}
+            return {"model": model, "method": "L²QER", **factors, "seed": self.seed}
         return {
-            "model": self.model if not Path(self.model).exists() else Path(self.model).resolve().name,
+            "model": model,
             "method": "RTN" if self.rtn else "GPTQ",
             "dataset": Path(self.dataset).name,
             "nsamples": self.nsamples,
             "seqlen": self.seqlen,
             "seed": self.seed,
             "o_scales": self.o_scales if self.high_fraction else "part",
+            "compensate": self.compensate and not self.rtn,
         }
 
     def deciding(self) -> dict[str, object]:

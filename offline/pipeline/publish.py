@@ -10,6 +10,8 @@ import torch
 from offline.models.source import ModelSource
 from offline.pack.names import CONFIG_FILE
 from offline.pack.writer import CheckpointWriter
+from offline.report.stats import FILE_NAME as STATS_FILE
+from offline.report.stats import CheckpointStats
 from resq_vllm.formats.metadata import QuantizationMetadata
 
 # What a server or a reader needs of the source folder besides weights and config.json.
@@ -49,15 +51,16 @@ def publish(
     metadata: QuantizationMetadata,
     top: dict[str, torch.Tensor],
     layer_tensors: Callable[[int], dict[str, torch.Tensor]],
-    basis: Path,
+    basis: Path | None,
     card: str,
+    stats: CheckpointStats,
     scratch: Path,
 ) -> Path:
     """Write everything to a temporary folder in ``scratch`` (of the same disk) and rename it to ``output``.
 
     top: embedding, final norm and lm_head in the model's dtype; layer_tensors: checkpoint tensors of a layer, asked
-    for one layer at a time; basis: the finished bases file; card: text of README.md. Raises ResQError when the disk is
-    full or ``output`` has appeared meanwhile; nothing is left behind then.
+    for one layer at a time; basis: the finished bases file, if any; card: text of README.md; stats: what was measured
+    on the way. Raises ResQError when the disk is full or ``output`` has appeared meanwhile; nothing is left behind.
     """
     adapter = source.adapter
     with CheckpointWriter(output, scratch=scratch) as writer:
@@ -65,9 +68,11 @@ def publish(
         for index in range(adapter.num_layers):
             writer.add(layer_tensors(index))
         writer.add({name: top[name] for name in (adapter.final_norm, adapter.lm_head)})
-        writer.copy(basis)
+        if basis is not None:
+            writer.copy(basis)
         writer.write_json(CONFIG_FILE, checkpoint_config(source, metadata))
         for path in copied_files(source.folder):
             writer.copy(path)
         writer.write_text("README.md", card)
+        writer.write_json(STATS_FILE, stats.model_dump(mode="json"))
         return writer.finalise()

@@ -4,23 +4,65 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal, Protocol
 
 from offline.models.adapter import SITE_LINEARS, ModelAdapter
-from offline.pipeline.options import QuantizeOptions
-from offline.rotate.spec import hadamard_groups
+from offline.pipeline.options import OutputScales, QuantizeOptions
+from offline.rotate.spec import DownLayout, down_layout
 from resq_vllm import __version__
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata, SiteName, high_count
 
+_O_SCALES: dict[OutputScales, Literal["part", "block", "head"]] = {
+    "token8": "part",
+    "part": "part",
+    "kv": "block",
+    "head": "head",
+}
 
-def build_sites(adapter: ModelAdapter, options: QuantizeOptions) -> dict[SiteName, LinearSite]:
+
+class SiteOptions(Protocol):
+    """What the sites are made of: the options of ``resq quantize``, or a method's own."""
+
+    @property
+    def high_fraction(self) -> float: ...
+    @property
+    def low_bits(self) -> int: ...
+    @property
+    def o_scales(self) -> OutputScales: ...
+    @property
+    def down_act_bits(self) -> Literal[4, 8] | None: ...
+    @property
+    def down_high(self) -> bool: ...
+    @property
+    def kv_bits(self) -> tuple[Literal[4, 8, 16], ...]: ...
+    @property
+    def max_tp(self) -> int: ...
+    @property
+    def down_groups(self) -> int: ...
+
+
+def build_down_layout(adapter: ModelAdapter, options: SiteOptions) -> DownLayout:
+    """How down_proj's channels are ordered and cut."""
+    return down_layout(
+        adapter.intermediate_size,
+        options.high_fraction,
+        options.max_tp,
+        options.down_groups,
+        full=not options.down_high,
+    )
+
+
+def build_sites(adapter: ModelAdapter, options: SiteOptions) -> dict[SiteName, LinearSite]:
     """The four linear sites. ``--high-fraction 0`` is rotation and uniform low bits, o_proj's activations included."""
     high = high_count(adapter.hidden_size, options.high_fraction)
     head_high = high_count(adapter.head_dim, options.high_fraction)
-    low_bits = options.low_bits
+    # Widths below 4 exist in measurements alone, which put their bits into the finished plan.
+    low_bits: Literal[4, 8] = 8 if options.low_bits == 8 else 4
     residual = LinearSite(low=adapter.hidden_size - high, high=high, weight_low_bits=low_bits, act_low_bits=low_bits)
     token8 = options.o_scales == "token8" and head_high > 0
     heads = adapter.num_heads
+    down = build_down_layout(adapter, options)
     return {
         "qkv": residual,
         "o": LinearSite(
@@ -28,22 +70,24 @@ def build_sites(adapter: ModelAdapter, options: QuantizeOptions) -> dict[SiteNam
             high=heads * head_high,
             weight_low_bits=low_bits,
             act_low_bits=8 if token8 else low_bits,
-            scales="token" if token8 else "head" if options.o_scales == "head" else "part",
+            scales="token" if token8 else _O_SCALES[options.o_scales],
+            scale_groups=adapter.num_kv_heads if options.o_scales == "kv" else 0,
             order="heads",
         ),
         "gate_up": residual,
         "down": LinearSite(
-            low=adapter.intermediate_size,
-            high=0,
+            low=down.groups * (down.width // down.groups - down.high),
+            high=down.groups * down.high,
             weight_low_bits=low_bits,
             act_low_bits=options.down_act_bits or low_bits,
             scales="block",
-            hadamard_groups=hadamard_groups(adapter.intermediate_size, options.max_tp),
+            scale_groups=down.groups,
+            hadamard_groups=down.hadamard_groups,
         ),
     }
 
 
-def build_kv_layers(adapter: ModelAdapter, options: QuantizeOptions) -> list[KVLayer]:
+def build_kv_layers(adapter: ModelAdapter, options: SiteOptions) -> list[KVLayer]:
     """One entry a layer. Raises ResQError when --kv-bits lists another number of layers."""
     bits = options.kv_bits * adapter.num_layers if len(options.kv_bits) == 1 else options.kv_bits
     if len(bits) != adapter.num_layers:

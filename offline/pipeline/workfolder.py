@@ -12,13 +12,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from offline.pack.writer import is_disk_full
 from resq_vllm.errors import ResQError
+
+Record = TypeVar("Record", bound=BaseModel)
 
 
 class WorkFolder:
@@ -76,6 +80,22 @@ class WorkFolder:
             return dict(load_file(self._file(step)))
         except (SafetensorError, OSError, ValueError) as error:
             raise ResQError(f"{self._file(step)} cannot be read ({error}); delete {self.path} to start anew") from error
+
+    def save_record(self, step: str, record: BaseModel) -> None:
+        """Small facts of a step beside its tensors; save these first, since the tensors mark the step as done."""
+        file = self.path / f"{step}.json"
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(record.model_dump_json())
+        os.replace(temporary, file)
+
+    def load_record(self, step: str, kind: type[Record]) -> Record:
+        """Raises ResQError naming the file when it cannot be read."""
+        file = self.path / f"{step}.json"
+        try:
+            return kind.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+            raise ResQError(f"{file} cannot be read ({reason}); delete {self.path} to start anew") from error
 
     def drop(self, step: str) -> None:
         self._file(step).unlink(missing_ok=True)

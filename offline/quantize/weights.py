@@ -94,7 +94,7 @@ class WeightGrid:
     def of_parts(
         cls, weight: torch.Tensor, widths: Sequence[int], bits: Sequence[int], clip: bool = True
     ) -> WeightGrid:
-        """One scale per output channel and part: ``weight`` float32 [N, K], parts of ``widths`` columns side by side."""
+        """One scale per output channel and part of ``weight`` float32 [N, K], whose parts stand side by side."""
         parts = weight.split(list(widths), dim=1)
         scale = torch.stack([symmetric_scale(part, b, clip) for part, b in zip(parts, bits, strict=True)])
         return cls(scale, torch.repeat_interleave(torch.arange(len(bits)), torch.tensor(widths)), tuple(bits))

@@ -1,0 +1,1 @@
+"""Quantization methods as one family: each says how it transforms a layer and rounds it, one engine measures them."""

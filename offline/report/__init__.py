@@ -1,0 +1,1 @@
+"""What quantization did to a model: errors measured while it is quantized, and the page that shows them."""

@@ -1,0 +1,1 @@
+"""The report's figures: each function turns numbers into one matplotlib figure."""
