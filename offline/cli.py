@@ -1,4 +1,4 @@
-"""The ``resq`` command: quantize, inspect, eval. Errors of ours are one sentence on stderr and exit code 2."""
+"""The ``resq`` command. Errors of ours are one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a Hugging Face Hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the tokenizer run code from the model's folder.")]
 
+TASKS_HELP = (
+    "lm-eval tasks, comma-separated: names (mmlu, gsm8k), paper (its eight), task files PATH.yaml or folders of them."
+)
+
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
@@ -38,7 +42,8 @@ def quantize(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Calibration text: bundled, a hub data set (wikitext2), FILE.txt, or FILE.jsonl (one text a line)."
+            help="Calibration text: bundled, a hub data set (wikitext2), FILE.txt, FILE.jsonl (one text a line), or "
+            "self (what the model writes)."
         ),
     ] = "bundled",
     nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
@@ -48,24 +53,45 @@ def quantize(
     batch_size: Annotated[int, typer.Option(help="Sequences of equal length run together.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the random rotations and of the calibration windows.")] = 0,
     device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1.")] = "cpu",
+    method: Annotated[
+        Literal["resq", "lqer", "l2qer"],
+        typer.Option(
+            help="resq; or, for comparison, low-rank corrected W4A8 with (l2qer) or without calibration: no rotation."
+        ),
+    ] = "resq",
+    rank: Annotated[int, typer.Option(help="lqer, l2qer: rank of every linear's correction.")] = 32,
+    weight_group: Annotated[
+        int,
+        typer.Option(help="lqer, l2qer: input columns that share a weight scale, cut to a divisor of the width."),
+    ] = 128,
     high_fraction: Annotated[
         float, typer.Option(help="Share of the channels kept at --high-bits; 0 = uniform.")
     ] = 0.125,
     low_bits: Annotated[int, typer.Option(help="Bits of weights and activations of the other channels: 4 or 8.")] = 4,
     high_bits: Annotated[int, typer.Option(help="Bits of the high-precision channels: 8.")] = 8,
     kv_bits: Annotated[
-        str,
-        typer.Option(help="KV cache: 4 (with --high-fraction at 8), 8, or 16 (vLLM's own); or a list, one a layer."),
-    ] = "4",
-    o_scales: Annotated[
-        Literal["token8", "part", "head"],
+        str | None,
         typer.Option(
-            help="o_proj activations: one 8-bit scale a token; 4/8-bit scales a token; or a head (the paper)."
+            help="KV cache: 4 (with --high-fraction at 8), 8, or 16 (vLLM's own); or a list, one a layer "
+            "[4; lqer, l2qer: 16]."
         ),
-    ] = "token8",
+    ] = None,
+    o_scales: Annotated[
+        Literal["token8", "part", "kv", "head"],
+        typer.Option(
+            help="o_proj inputs: one 8-bit scale a token; or a 4- and an 8-bit scale a token (part), a group of query "
+            "heads (kv), or a head (the paper)."
+        ),
+    ] = "part",
     down_act_bits: Annotated[
         int | None, typer.Option(help="Bits of down_proj's activations: 4 or 8 [--low-bits].")
     ] = None,
+    down_high: Annotated[
+        bool, typer.Option(help="Keep down_proj's strongest channels in 8 bits too (the paper does not).")
+    ] = True,
+    compensate: Annotated[
+        bool, typer.Option(help="Let weights make up for what was rounded before them (the paper does not).")
+    ] = True,
     rtn: Annotated[
         bool, typer.Option("--rtn", help="Round to nearest instead of GPTQ: faster, less accurate.")
     ] = False,
@@ -80,7 +106,7 @@ def quantize(
     """Quantize MODEL to a folder that ``vllm serve`` takes as it is.
 
     Works layer by layer; memory: the embedding, two decoder layers in float32 and the calibration activations
-    (nsamples · seqlen · hidden · 4 bytes). Lower --nsamples or --seqlen when that is too much.
+    (nsamples · seqlen · hidden · 4 bytes, twice with compensation). Lower --nsamples or --seqlen when that is too much.
     """
     from offline.pipeline.options import QuantizeOptions, parse_kv_bits
     from offline.pipeline.run import run
@@ -97,9 +123,14 @@ def quantize(
         high_fraction=high_fraction,
         low_bits=low_bits,
         high_bits=high_bits,
-        kv_bits=parse_kv_bits(kv_bits),
+        method=method,
+        rank=rank,
+        weight_group=weight_group,
+        kv_bits=parse_kv_bits(kv_bits or ("4" if method == "resq" else "16")),
         o_scales=o_scales,
         down_act_bits=down_act_bits,
+        down_high=down_high,
+        compensate=compensate,
         rtn=rtn,
         ignore_layers=tuple(part.strip() for part in ignore_layers.split(",") if part.strip()),
         max_tp=max_tp,
@@ -127,12 +158,32 @@ def inspect(
         write_json(json_file, report.to_dict())
 
 
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint written by resq quantize.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where the page goes. [DIR-report]")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also show this comparison (written by resq compare --json).")
+    ] = None,
+) -> None:
+    """Write a page about a checkpoint: spectra, quantization errors, sizes, perplexity, recipe; one HTML file."""
+    from offline.report.write import write_report
+
+    typer.echo(f"{write_report(directory, output, compare)} is ready")
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A resq checkpoint, or any Hugging Face model.")],
     dataset: Annotated[
-        str, typer.Option(help="bundled (held-out text), wikitext2 (hub, test), FILE.txt, or FILE.jsonl.")
-    ] = "bundled",
+        str | None,
+        typer.Option(
+            help="Perplexity on: bundled (held-out text), wikitext2 (hub, test), FILE.txt, or FILE.jsonl "
+            "[bundled, or none with --tasks]."
+        ),
+    ] = None,
     engine: Annotated[
         Literal["reference", "vllm"], typer.Option(help="Plain torch in float32, or the served kernels in vLLM.")
     ] = "reference",
@@ -145,9 +196,12 @@ def evaluate(
     ] = False,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", help="vLLM only.")] = 1,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="vLLM only: no torch.compile.")] = False,
+    tasks: Annotated[str, typer.Option(help=TASKS_HELP)] = "",
+    task_limit: Annotated[int | None, typer.Option(help="Documents a task, at most.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
-    """Perplexity of a checkpoint, quantized or not."""
+    """Perplexity, or accuracies in lm-eval tasks, of a checkpoint, quantized or not."""
+    from offline.compare.options import parse_list
     from offline.evaluate.run import evaluate_model
 
     result = evaluate_model(
@@ -159,10 +213,86 @@ def evaluate(
         naive_rtn=naive_rtn,
         tensor_parallel_size=tensor_parallel_size,
         enforce_eager=enforce_eager,
+        tasks=parse_list(tasks),
+        task_limit=task_limit,
     )
-    typer.echo(f"perplexity {result['perplexity']:.4f} over {result['tokens']} tokens ({result['engine']})")
+    if "perplexity" in result:
+        typer.echo(f"perplexity {result['perplexity']:.4f} over {result['tokens']} tokens ({engine})")
+    accuracies = result.get("tasks", {})
+    assert isinstance(accuracies, dict)
+    for name, accuracy in accuracies.items():
+        typer.echo(f"{name} {accuracy:.2%} ({engine})")
     if json_file is not None:
         write_json(json_file, result)
+
+
+@app.command()
+def compare(
+    model: Model,
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated, such as bf16,rtn,quarot,resq [all].")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="Perplexity on: bundled, wikitext2, FILE.txt, or FILE.jsonl.")
+    ] = "bundled",
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="Perplexity on this text as well; repeat for more.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help=TASKS_HELP)] = "",
+    task_limit: Annotated[int | None, typer.Option(help="Documents a task, at most.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: bundled, wikitext2, FILE.txt, FILE.jsonl, or self (what the model writes) [the "
+            "training side of --dataset; self where that is a file]."
+        ),
+    ] = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a calibration sequence and a window, at most.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="At most this many windows (or texts) [all].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random rotations and of the calibration windows.")] = 0,
+    train_tokens: Annotated[int, typer.Option(help="Tokens that trained rotations (SpinQuant) see.")] = 65536,
+    learning_rate: Annotated[float, typer.Option(help="First step size of trained rotations.")] = 1.5,
+    high_fraction: Annotated[float, typer.Option(help="Share of the channels that ResQ keeps in 8 bits.")] = 0.125,
+    kv_bits: Annotated[str, typer.Option(help="ResQ's KV cache: 4, 8 or 16, or a list, one a layer.")] = "4",
+    ablations: Annotated[
+        str, typer.Option(help="Add rows of ResQ with one choice changed: all, or names (no-ua, low-3, high-1/4, …).")
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of tables, plots and finished rows [compare-MODEL].")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Quantize MODEL by every method, measure all alike, and print and write the table.
+
+    Finished rows are kept in the output folder: a run that was killed goes on, and a repeated one only reads.
+    """
+    from offline.compare.command import run_compare
+    from offline.compare.options import CompareOptions, parse_list, parse_texts
+    from offline.methods.engine import open_engine
+    from offline.pipeline.options import parse_kv_bits
+
+    options = CompareOptions.checked(
+        model=model,
+        methods=parse_list(methods),
+        dataset=dataset,
+        texts=parse_texts(text or ()),
+        tasks=parse_list(tasks),
+        task_limit=task_limit,
+        calibration=calibration,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        windows=windows,
+        seed=seed,
+        train_tokens=train_tokens,
+        learning_rate=learning_rate,
+        high_fraction=high_fraction,
+        kv_bits=parse_kv_bits(kv_bits),
+        ablations=parse_list(ablations),
+    )
+    try:
+        run_compare(options, open_engine, output, json_file)
+    except KeyboardInterrupt:
+        print("resq: interrupted; the same command goes on after the last finished row", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def write_json(path: Path, value: dict[str, object]) -> None:

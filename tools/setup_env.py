@@ -136,7 +136,7 @@ def install_package(cpu: bool) -> None:
     say("installing development tools and compiling the extension")
     constraints = ("--constraint", str(CONSTRAINTS)) if cpu else ()
     install(*constraints, *BUILD_TOOLS)
-    install(*constraints, "--no-build-isolation", "--editable", ".[dev,bench]")
+    install(*constraints, "--no-build-isolation", "--editable", ".[dev,bench,eval]")
 
 
 def compile_extension() -> None:
