@@ -86,9 +86,10 @@ def quantize(
     down_act_bits: Annotated[
         int | None, typer.Option(help="Bits of down_proj's activations: 4 or 8 [--low-bits].")
     ] = None,
-    down_high: Annotated[
-        bool, typer.Option(help="Keep down_proj's strongest channels in 8 bits too (the paper does not).")
-    ] = True,
+    down_high_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of down_proj's channels, the strongest, in 8 bits; the paper: 0 [--high-fraction]."),
+    ] = None,
     compensate: Annotated[
         bool, typer.Option(help="Let weights make up for what was rounded before them (the paper does not).")
     ] = True,
@@ -129,7 +130,7 @@ def quantize(
         kv_bits=parse_kv_bits(kv_bits or ("4" if method == "resq" else "16")),
         o_scales=o_scales,
         down_act_bits=down_act_bits,
-        down_high=down_high,
+        down_high_fraction=down_high_fraction,
         compensate=compensate,
         rtn=rtn,
         ignore_layers=tuple(part.strip() for part in ignore_layers.split(",") if part.strip()),
@@ -268,11 +269,13 @@ def compare(
     from offline.compare.command import run_compare
     from offline.compare.options import CompareOptions, parse_list, parse_texts
     from offline.methods.engine import open_engine
+    from offline.methods.registry import chosen_ablations
     from offline.pipeline.options import parse_kv_bits
 
+    named, extra = parse_list(methods), tuple(chosen_ablations(parse_list(ablations)))
     options = CompareOptions.checked(
         model=model,
-        methods=parse_list(methods),
+        methods=tuple(dict.fromkeys(named + extra)) if named else (),
         dataset=dataset,
         texts=parse_texts(text or ()),
         tasks=parse_list(tasks),
@@ -286,7 +289,7 @@ def compare(
         learning_rate=learning_rate,
         high_fraction=high_fraction,
         kv_bits=parse_kv_bits(kv_bits),
-        ablations=parse_list(ablations),
+        ablations=extra,
     )
     try:
         run_compare(options, open_engine, output, json_file)

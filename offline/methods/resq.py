@@ -39,7 +39,8 @@ class ResQ(Method):
         lowest_fraction: share of the channels with the least variance at 2 bits (the paper's three-way split).
         o_scales: which of o_proj's inputs share an activation scale (see ``resq quantize --help``).
         down_act_bits: of down_proj's input; None: as ``low_bits``.
-        down_high: keep the strongest ``high_fraction`` of down_proj's channels high (the paper has no high part there).
+        down_high_fraction: share of down_proj's channels, the strongest, at 8 bits (the paper: none); None: as
+            ``high_fraction``.
         kv_bits: 4, 8 or 16 for all layers, or one entry a layer.
         compensate: weights make up for what the rounded model lost before them (:mod:`offline.quantize.compensate`).
         rtn: round weights to nearest.
@@ -57,7 +58,7 @@ class ResQ(Method):
     lowest_fraction: float = 0.0
     o_scales: OutputScales = "part"
     down_act_bits: Literal[4, 8] | None = None
-    down_high: bool = True
+    down_high_fraction: float | None = None
     kv_bits: tuple[Literal[4, 8, 16], ...] = (4,)
     compensate: bool = True
     rtn: bool = False

@@ -11,12 +11,13 @@ from resq_vllm.errors import ResQError
 
 OutputScales = Literal["token8", "part", "kv", "head"]
 Method = Literal["resq", "lqer", "l2qer"]
+_UNSERVED_BITS = (2, 3)
 _RESQ_ONLY = (
     "high_fraction",
     "high_bits",
     "o_scales",
     "down_act_bits",
-    "down_high",
+    "down_high_fraction",
     "down_groups",
     "compensate",
     "rtn",
@@ -49,7 +50,7 @@ class QuantizeOptions(BaseModel):
     kv_bits: tuple[Literal[4, 8, 16], ...] = (4,)
     o_scales: OutputScales = "part"
     down_act_bits: Literal[4, 8] | None = None
-    down_high: bool = True
+    down_high_fraction: float | None = Field(default=None, ge=0, le=0.5)
     down_groups: int = Field(default=8, ge=1)
     compensate: bool = True
     rtn: bool = False
@@ -63,6 +64,11 @@ class QuantizeOptions(BaseModel):
     @classmethod
     def checked(cls, **values: object) -> QuantizeOptions:
         """Build from command-line values; raises ResQError naming the flag and what it accepts."""
+        if values.get("low_bits") in _UNSERVED_BITS:
+            raise ResQError(
+                f"--low-bits {values['low_bits']}: no kernel serves {values['low_bits']}-bit weights; give 4 or 8, or "
+                f"measure what it would cost with: resq compare MODEL --ablations low-{values['low_bits']}"
+            )
         try:
             options = cls.model_validate(values)
         except ValidationError as error:

@@ -33,7 +33,7 @@ class SiteOptions(Protocol):
     @property
     def down_act_bits(self) -> Literal[4, 8] | None: ...
     @property
-    def down_high(self) -> bool: ...
+    def down_high_fraction(self) -> float | None: ...
     @property
     def kv_bits(self) -> tuple[Literal[4, 8, 16], ...]: ...
     @property
@@ -44,13 +44,8 @@ class SiteOptions(Protocol):
 
 def build_down_layout(adapter: ModelAdapter, options: SiteOptions) -> DownLayout:
     """How down_proj's channels are ordered and cut."""
-    return down_layout(
-        adapter.intermediate_size,
-        options.high_fraction,
-        options.max_tp,
-        options.down_groups,
-        full=not options.down_high,
-    )
+    fraction = options.high_fraction if options.down_high_fraction is None else options.down_high_fraction
+    return down_layout(adapter.intermediate_size, fraction, options.max_tp, options.down_groups)
 
 
 def build_sites(adapter: ModelAdapter, options: SiteOptions) -> dict[SiteName, LinearSite]:

@@ -38,15 +38,13 @@ class DownLayout:
         return self.width // self.block
 
 
-def down_layout(
-    width: int, fraction: float, max_tp: int = 1, preferred: int = DEFAULT_GROUPS, full: bool = False
-) -> DownLayout:
+def down_layout(width: int, fraction: float, max_tp: int = 1, preferred: int = DEFAULT_GROUPS) -> DownLayout:
     """The layout for FFN width f = ``width`` with at most ``fraction`` of the channels high.
 
     ``preferred`` groups where f/G has a known Hadamard order, else the largest smaller divisor of f that has; always a
     multiple of ``max_tp`` (so with max_tp above ``preferred``, as many as that). Blocks are the widest power of two
     from 16 on that leaves nine tenths of the high channels asked for (a butterfly costs log2 additions a channel, a
-    block k·2^m k more), else the widest block with a known order. ``full`` (or no high channels): one block a group.
+    block k·2^m k more), else the widest block with a known order. Without high channels: one block a group.
 
     Raises ResQError when no grouping has a block Hadamard.
     """
@@ -58,7 +56,7 @@ def down_layout(
         high = block * int(wanted / block + 1e-9)
         if size % block == 0 and high and _order(block):
             found.append((high, block))
-    if full or not found:
+    if not found:
         return DownLayout(width, groups, 0, size)
     enough = [(high, block) for high, block in found if high >= _ENOUGH * wanted]
     powers = [(block, high) for high, block in enough if block >= 16 and block & (block - 1) == 0]

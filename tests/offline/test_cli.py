@@ -10,7 +10,9 @@ import pytest
 
 from offline import cli
 from offline.bundled import MODEL_DIR
+from offline.compare.rows import CompareResult
 from resq_vllm import __version__
+from tests.offline.pipeline.conftest import tiny_llama
 
 
 @pytest.fixture
@@ -58,6 +60,9 @@ def test_naive_quantization_is_worse(resq: Callable[..., int], tmp_path: Path) -
         (["eval", "MODEL", "--windows", "1", "--seqlen", "64", "--json", "/proc/nowhere/file.json"], "/proc/nowhere"),
         (["inspect", "MODEL"], "quantiz"),
         (["inspect", "absent-folder"], "absent-folder"),
+        (["compare", "MODEL", "--methods", "bf16,awq"], "--methods: awq unknown; the methods are bf16, rtn, gptq"),
+        (["compare", "MODEL", "--ablations", "no-uz"], "--ablations: no-uz unknown"),
+        (["compare", "MODEL", "--dataset", "absent.txt"], "absent.txt"),
     ],
 )
 def test_refusals_are_one_sentence(
@@ -72,3 +77,31 @@ def test_refusals_are_one_sentence(
 @pytest.mark.parametrize("arguments", [["quantize"], ["eval", "x", "--engine", "none"], ["nonsense"]])
 def test_usage_errors_exit_with_2(arguments: list[str], resq: Callable[..., int]) -> None:
     assert resq(*arguments) == 2
+
+
+def test_compare_measures_every_method_named(
+    resq: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_llama(tmp_path / "model")
+    result = tmp_path / "result.json"
+    quick = ["--nsamples", "4", "--seqlen", "64", "--windows", "4", "-o", str(tmp_path / "out"), "--json", str(result)]
+    methods = ["--methods", "bf16,rtn,resq", "--ablations", "no-ua"]
+    assert resq("compare", str(model), *methods, *quick) == 0
+    found = CompareResult.model_validate_json(result.read_text())
+    assert [row.method for row in found.rows] == ["bf16", "rtn", "resq", "resq-no-ua"]
+    assert all(row.tokens == 4 * 63 for row in found.rows)
+    assert found.calibration["text"] == "bundled"
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out
+    assert resq("compare", str(model), *methods, *quick) == 0
+    assert "(measured before)" in capsys.readouterr().err
+
+
+def test_local_text_is_not_calibrated_on(resq: Callable[..., int], tmp_path: Path) -> None:
+    """Without --calibration a file is for measuring only: the model writes its calibration text itself."""
+    model, text, result = tiny_llama(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "result.json"
+    text.write_text("def f(x):\n    return x + 1\n" * 60)
+    quick = ["--nsamples", "8", "--seqlen", "64", "-o", str(tmp_path / "out"), "--json", str(result)]
+    assert resq("compare", str(model), "--dataset", str(text), "--methods", "bf16,gptq", *quick) == 0
+    assert json.loads(result.read_text())["calibration"]["text"] == "self"
+    assert (tmp_path / "out" / "calibration.json").exists()

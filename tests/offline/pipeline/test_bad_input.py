@@ -139,7 +139,8 @@ def test_full_disk(
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
-        (["--low-bits", "3"], "--low-bits"),
+        (["--low-bits", "2"], "--low-bits 2: no kernel serves 2-bit weights; give 4 or 8, or measure"),
+        (["--low-bits", "5"], "--low-bits"),
         (["--high-bits", "16"], "--high-bits"),
         (["--kv-bits", "5"], "--kv-bits"),
         (["--kv-bits", "four"], "--kv-bits"),
