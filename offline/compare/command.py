@@ -12,6 +12,7 @@ from offline.compare.options import CompareOptions, default_folder
 from offline.compare.run import compare, require_all
 from offline.compare.table import json_text, print_table
 from offline.evaluate.tasks import load_tasks
+from offline.memory import peak_memory
 
 OpenEngine = Callable[[str, CompareOptions, Path], Engine]
 
@@ -31,7 +32,7 @@ def run_compare(
     print_table(result)
     if json_file is not None:
         write_whole(json_file, json_text(result))
-    _say(f"tables and plots are in {folder}")
+    _say(f"tables and plots are in {folder} (peak memory {peak_memory():.1f} GiB)")
     require_all(result, folder)
 
 

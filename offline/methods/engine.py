@@ -13,7 +13,7 @@ from tqdm import tqdm
 from offline.calibrate.generated import calibration_sequences
 from offline.compare.cache import fingerprint
 from offline.compare.engine import MethodResult
-from offline.compare.options import CompareOptions
+from offline.compare.options import CompareOptions, chosen_methods
 from offline.compare.texts import MAIN, evaluation_sequences
 from offline.evaluate.sequences import DEFAULT_SEQLEN
 from offline.methods.assemble import WholeModel
@@ -137,6 +137,7 @@ def open_engine(
     # An ablation may also be asked for like any method.
     named = tuple(name for name in options.methods if name in ablations(settings))
     known |= chosen_ablations(named, settings)
+    chosen_methods(options.methods, known)
     source = ModelSource.open(model)
     tokenizer = source.tokenizer(False)
     context = int(getattr(source.config, "max_position_embeddings", None) or DEFAULT_SEQLEN)

@@ -9,7 +9,6 @@ calibration activations (twice in pass 2: the float model's run beside the quant
 from __future__ import annotations
 
 import logging
-import resource
 from functools import cached_property
 
 import torch
@@ -22,6 +21,7 @@ from offline.card import model_card
 from offline.evaluate.dataset import load_dataset
 from offline.evaluate.perplexity import Perplexity
 from offline.evaluate.sequences import tokenizer_sequences
+from offline.memory import peak_memory
 from offline.models.runner import LayerRunner, make_batches
 from offline.models.source import ModelSource
 from offline.pack.writer import check_free
@@ -70,8 +70,9 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
         kind: type[Job] = LQERJob if lqer else _ResQJob
         kind(options, source, metadata, runner, sequences, text, fingerprint, work).all()
     work.remove()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{options.output} is ready (peak memory {peak:.1f} GiB); serve it with: vllm serve {options.output}")
+    print(
+        f"{options.output} is ready (peak memory {peak_memory():.1f} GiB); serve it with: vllm serve {options.output}"
+    )
 
 
 class _ResQJob(Job):
