@@ -206,7 +206,7 @@ def test_layers_with_channels_in_another_order(runner: LayerRunner) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 2047}, "budget of 2047 tokens is less than one batch of 2048"),
+        ({"tokens": 1023}, "budget of 1023 tokens is less than one batch of 1024"),
         ({"tokens": 10, "batch_tokens": 1}, "batches of 1 tokens"),
         ({"tokens": 4096, "lr": 0.0}, "lr 0.0"),
         ({"tokens": 4096, "momentum": 1.0}, r"momentum in \[0, 1\)"),
