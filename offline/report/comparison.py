@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from resq_vllm.errors import ResQError
+from resq_vllm.errors import ResQError, invalid_field
 
 Bits = Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)]
 # JSON has no infinity: a ruined model's perplexity is written as null.
@@ -58,8 +58,5 @@ def read_comparison(path: Path) -> Comparison:
             f"--compare {path}: cannot be read ({error.strerror}); give the file that resq compare --json wrote"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ResQError(
-            f"--compare {path}: {field} is invalid ({first['msg']}); give the file that resq compare --json wrote"
-        ) from error
+        problem = invalid_field(error, "the file")
+        raise ResQError(f"--compare {path}: {problem}; give the file that resq compare --json wrote") from error

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from offline.evaluate.perplexity import Perplexity
-from resq_vllm.errors import ResQError
+from resq_vllm.errors import ResQError, invalid_field
 from resq_vllm.formats.metadata import SiteName
 
 FILE_NAME = "resq_stats.json"
@@ -129,8 +129,5 @@ def read_stats(folder: Path) -> CheckpointStats | None:
     except OSError as error:
         raise ResQError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ResQError(
-            f"{path}: {field} is invalid ({first['msg']}); delete the file to do without, or quantize the model again"
-        ) from error
+        problem = invalid_field(error, "the file")
+        raise ResQError(f"{path}: {problem}; delete the file to do without, or quantize the model again") from error

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resq_vllm.errors import ResQError
+from resq_vllm.errors import ResQError, invalid_field
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -167,8 +167,5 @@ class QuantizationMetadata(_Strict):
         try:
             return cls.model_validate(config)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
-            raise ResQError(
-                f"{source}: field {field} is invalid ({first['msg']}); quantize the model again with this release"
-            ) from error
+            problem = invalid_field(error, "quantization_config")
+            raise ResQError(f"{source}: field {problem}; quantize the model again with this release") from error

@@ -284,22 +284,25 @@ def test_degree_that_cuts_heads_is_refused(rank_of: Callable[[int, int], None]) 
         row_layer(config_with(), "self_attn.o_proj", HIDDEN)
 
 
-def test_dummy_weights_are_finite_and_keep_magnitudes(
-    rank_of: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def check_dummy_layer(config: ResQConfig) -> None:
+    """A layer loaded by `--load-format dummy` answers with finite values of x's magnitude."""
     from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
-    rank_of(0, 1)
     vllm_config = VllmConfig(device_config=DeviceConfig(device="cpu"), load_config=LoadConfig(load_format="dummy"))
     with set_current_vllm_config(vllm_config):
-        layer = row_layer(config_with(), "self_attn.o_proj", HIDDEN)
+        layer = row_layer(config, "self_attn.o_proj", HIDDEN)
     for parameter in layer.parameters():
         initialize_single_dummy_weight(parameter)
     layer.quant_method.process_weights_after_loading(layer)
     y = layer.quant_method.apply(layer, inputs(HIDDEN, tokens=64))
     assert torch.isfinite(y).all()
     assert 0.3 < float(y.std()) < 3.0
+
+
+def test_dummy_weights_are_finite_and_keep_magnitudes(rank_of: Callable[[int, int], None]) -> None:
+    rank_of(0, 1)
+    check_dummy_layer(config_with())
 
 
 def test_start_up_line_names_kernels_bits_and_cache(

@@ -17,7 +17,16 @@ from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import linear_plan
 from resq_vllm.formats.weights import pack_int4
 from tests.resq_vllm.conftest import FFN, HEAD_DIM, HIDDEN, KV_HEADS
-from tests.resq_vllm.test_linear import PREFIX, close, config_with, inputs, load, qkv_layer, row_layer
+from tests.resq_vllm.test_linear import (
+    PREFIX,
+    check_dummy_layer,
+    close,
+    config_with,
+    inputs,
+    load,
+    qkv_layer,
+    row_layer,
+)
 
 Tensors = dict[str, torch.Tensor]
 SetRank = Callable[[int, int], None]
@@ -224,20 +233,9 @@ def test_degree_that_cuts_weight_groups_is_refused(rank_of: SetRank) -> None:
         row_layer(lqer_config(weight_group=64), "mlp.down_proj", FFN)
 
 
-def test_dummy_weights_are_finite(rank_of: SetRank, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config
-    from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
-
+def test_dummy_weights_are_finite(rank_of: SetRank) -> None:
     rank_of(0, 1)
-    vllm_config = VllmConfig(device_config=DeviceConfig(device="cpu"), load_config=LoadConfig(load_format="dummy"))
-    with set_current_vllm_config(vllm_config):
-        layer = row_layer(lqer_config(), "self_attn.o_proj", HIDDEN)
-    for parameter in layer.parameters():
-        initialize_single_dummy_weight(parameter)
-    layer.quant_method.process_weights_after_loading(layer)
-    y = layer.quant_method.apply(layer, inputs(HIDDEN, tokens=64))
-    assert torch.isfinite(y).all()
-    assert 0.3 < float(y.std()) < 3.0
+    check_dummy_layer(lqer_config())
 
 
 def test_bits_count_factors(rank_of: SetRank) -> None:
