@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from offline.quantize.gptq import HessianFactor, column_order, factorise, gptq
 from offline.quantize.groupwise import expand_scale
 from offline.quantize.lowrank import LowRank
-from offline.quantize.weights import WeightGrid
+from offline.quantize.weights import WeightGrid, code_range
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import HIGH, LOW, LinearPlan
 
@@ -51,6 +51,18 @@ class QuantizedLinear:
         weight[:, self.plan.part_index(LOW)] = self.low * self.low_column_scale
         weight[:, self.plan.part_index(HIGH)] = self.high * self.high_scale[:, None]
         return weight if self.correction is None else weight + self.correction.weight().float()
+
+    def nearest(self, weight: torch.Tensor) -> QuantizedLinear:
+        """``weight`` [N, K] rounded to nearest on this one's scales, without correction."""
+
+        def codes(part: int, scale: torch.Tensor, bits: int) -> torch.Tensor:
+            # An absent part has scale 0, and no columns to divide.
+            scaled = weight[:, self.plan.part_index(part)].float() / scale
+            return scaled.round_().clamp_(*code_range(bits)).to(torch.int8)
+
+        low = codes(LOW, self.low_column_scale, self.low_bits)
+        high = codes(HIGH, self.high_scale[:, None], self.high_bits)
+        return replace(self, low=low, high=high, correction=None)
 
     @property
     def low_column_scale(self) -> torch.Tensor:

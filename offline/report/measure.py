@@ -121,7 +121,6 @@ class SiteMeasurement:
     def __init__(self, rotated: torch.Tensor, own: torch.Tensor, site: LinearSite, plan: LinearPlan) -> None:
         """``rotated`` [T, K]: the input after its online transform; ``own`` [T, K]: the same in the model's axes."""
         self._site = site
-        self._plan = plan
         # The online Hadamard is part of the rotation: without it, its blocks remain as scale blocks.
         self._own_plan = replace(plan, hadamard_groups=0)
         self._order = largest_last(plan, own.square().mean(0))
@@ -134,8 +133,9 @@ class SiteMeasurement:
     def add(self, own: torch.Tensor, fused: torch.Tensor, stored: QuantizedLinear, nearest: bool) -> None:
         """One linear: its own and its fused weight [N, K], and what is stored; ``nearest``: stored without GPTQ."""
         own = own.float()[:, self._order]
-        own_value, kept = self._nearest(own, self._own_plan), stored.dequantize()
-        rotated = kept if nearest else self._nearest(fused, self._plan)
+        own_value, kept = self._nearest(own), stored.dequantize()
+        # The clip search saw these same weights, so its scales serve for rounding to nearest as well.
+        rotated = kept if nearest else stored.nearest(fused).dequantize()
         for total, value, exact in zip(self._weight, (own_value, rotated, kept), (own, fused, fused), strict=True):
             total.add(value, exact)
         for start in range(0, fused.shape[0], _OUTPUT_CHUNK):
@@ -157,8 +157,9 @@ class SiteMeasurement:
             output=WeightError(before=output[0], rotated=output[1], after=output[2]),
         )
 
-    def _nearest(self, weight: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
-        return quantize_linear(weight, None, plan, self._site.weight_low_bits, self._site.weight_high_bits).dequantize()
+    def _nearest(self, own: torch.Tensor) -> torch.Tensor:
+        bits = self._site.weight_low_bits, self._site.weight_high_bits
+        return quantize_linear(own, None, self._own_plan, *bits).dequantize()
 
 
 @dataclass

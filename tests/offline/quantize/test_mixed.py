@@ -51,6 +51,15 @@ def test_shared_factor_gives_the_same_codes() -> None:
         assert torch.equal(alone.high, shared.high)
 
 
+@pytest.mark.parametrize("plan", [HEADS, HALVES, DOWN], ids=["heads", "contiguous", "hadamard"])
+def test_nearest_on_the_same_scales_is_rounding_to_nearest(plan: LinearPlan) -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(64, 32) @ torch.randn(32, 32), torch.randn(24, 32)
+    swept = quantize_linear(weight, inputs.T @ inputs, plan)
+    assert not torch.equal(swept.low, swept.nearest(weight).low)
+    torch.testing.assert_close(swept.nearest(weight).dequantize(), quantize_linear(weight, None, plan).dequantize())
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_three_parts_have_their_own_bits_and_order(method: str) -> None:
     torch.manual_seed(0)
