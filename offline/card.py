@@ -90,6 +90,7 @@ def _summary(metadata: QuantizationMetadata, base: str) -> str:
         share += f", a correction of rank {site.low_rank}"
     ratio = plain / kv_bytes_per_head(metadata)
     cache = "a 16-bit KV cache" if ratio == 1 else f"a KV cache {ratio:.2f} times smaller than bf16"
+    share += ", lm_head in 8 bits" if metadata.lm_head_bits == 8 else ""
     return (
         f"{base} quantized with {method} ([arXiv {paper}](https://arxiv.org/abs/{paper})) by resq-vllm "
         f"{metadata.tool_version}: weights in {site.weight_low_bits} and activations in {site.act_low_bits} "
@@ -134,7 +135,10 @@ def _recipe(metadata: QuantizationMetadata) -> str:
         kind = f"{low}, {layer.high} in 8 bits" if layer.high else f"{layer.low_bits} bits"
         kinds[kind] = kinds.get(kind, 0) + 1
     cache = "; ".join(f"{kind} ({layers} layers)" for kind, layers in kinds.items())
-    lines = [f"KV cache, a head: {cache}. Embedding, norms and lm_head: 16 bits."]
+    head = "Embedding, norms and lm_head: 16 bits."
+    if metadata.lm_head_bits == 8:
+        head = "Embedding and norms: 16 bits. lm_head: 8 bits, a scale a row; its input 8 bits, one scale a token."
+    lines = [f"KV cache, a head: {cache}. {head}"]
     if metadata.ignore:
         lines.append(f"Left in 16 bits: {', '.join(metadata.ignore)}.")
     options = [f"| {key} | {value} |" for key, value in metadata.recipe.items()]

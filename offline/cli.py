@@ -76,6 +76,10 @@ def quantize(
             "[4; lqer, l2qer: 16]."
         ),
     ] = None,
+    lm_head_bits: Annotated[
+        int,
+        typer.Option(help="Bits of lm_head: 16, or 8 for its weights (a scale a row) and inputs (a scale a token)."),
+    ] = 16,
     o_scales: Annotated[
         Literal["token8", "part", "kv", "head"],
         typer.Option(
@@ -128,6 +132,7 @@ def quantize(
         rank=rank,
         weight_group=weight_group,
         kv_bits=parse_kv_bits(kv_bits or ("4" if method == "resq" else "16")),
+        lm_head_bits=lm_head_bits,
         o_scales=o_scales,
         down_act_bits=down_act_bits,
         down_high_fraction=down_high_fraction,

@@ -18,6 +18,7 @@ from resq_vllm.vllm_api import QuantizationConfig, current_platform
 if TYPE_CHECKING:
     from resq_vllm.kv_cache import ResQKVCacheMethod
     from resq_vllm.linear import ResQLinearMethod
+    from resq_vllm.lm_head import ResQLMHeadMethod
 
 # The last component of a module's name -> the site whose quantization it has. Fused vLLM layers and their HF parts.
 SITE_OF_MODULE: dict[str, SiteName] = {
@@ -55,9 +56,11 @@ class ResQConfig(QuantizationConfig):
         super().__init__()
         self.metadata = metadata
         self.ignore = list(metadata.ignore)
-        # Filled while a worker creates its layers: the KV decision per attention layer, and what the log line reports.
+        # Filled while a worker creates its layers: the KV decision per attention layer, and what the log line reports
+        # (lm_head: "W8A8" or its float type).
         self.kv_layers: dict[str, KVDecision] = {}
         self.linear_bits = LinearBits()
+        self.lm_head = ""
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -88,10 +91,11 @@ class ResQConfig(QuantizationConfig):
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of ``layer``, or None for one that keeps vLLM's own (embeddings, lm_head, a 16-bit KV cache).
+        """The method of ``layer``, or None for one that keeps vLLM's own (embeddings, a 16-bit lm_head or KV cache).
 
         Raises ResQError for a layer that the checkpoint format does not cover.
         """
+        from resq_vllm.lm_head import is_lm_head
         from resq_vllm.vllm_api import AttentionLayerBase, LinearBase, RoutedExperts, UnquantizedLinearMethod
 
         if isinstance(layer, LinearBase):
@@ -100,6 +104,8 @@ class ResQConfig(QuantizationConfig):
             return self._linear_method(prefix)
         if isinstance(layer, AttentionLayerBase):
             return self._kv_method(layer, prefix)
+        if is_lm_head(layer, prefix):
+            return self._lm_head_method()
         if isinstance(layer, RoutedExperts) and not self.is_ignored(prefix):
             raise ResQError(f"{prefix}: the checkpoint format has no mixture-of-experts layers; serve a dense model")
         return None
@@ -117,6 +123,15 @@ class ResQConfig(QuantizationConfig):
         from resq_vllm.linear import ResQLinearMethod
 
         return ResQLinearMethod(self, self.site(prefix))
+
+    def _lm_head_method(self) -> ResQLMHeadMethod | None:
+        from resq_vllm.lm_head import ResQLMHeadMethod, float_name
+
+        if self.metadata.lm_head_site is not None:
+            return ResQLMHeadMethod(self)
+        # vLLM makes the served dtype torch's default while it builds layers.
+        self.lm_head = self.lm_head or float_name(torch.get_default_dtype())
+        return None
 
     def site(self, prefix: str) -> LinearSite:
         """The quantization of the linear module ``prefix``. Raises ResQError for a module of no known site."""

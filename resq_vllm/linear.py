@@ -97,7 +97,11 @@ class ResQLinearMethod(LinearMethodBase):
             )
         layer.resq_plan, layer.resq_loads, layer.resq_output_sizes = plan, loads, list(output_partition_sizes)
         layer.resq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        self.config.linear_bits.add(site, plan, outputs, len(output_partition_sizes))
+        self.tally(plan, outputs, len(output_partition_sizes))
+
+    def tally(self, plan: LinearPlan, outputs: int, modules: int) -> None:
+        """Count this layer for the start-up line."""
+        self.config.linear_bits.add(self.site, plan, outputs, modules)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Re-lay the weights for the kernels and free the checkpoint's tensors.
@@ -236,9 +240,10 @@ def _fill_dummy(layer: LinearBase, plan: LinearPlan) -> None:
 
 
 def report(config: ResQConfig) -> None:
-    """The start-up line, once a process and on rank 0: kernels, bits of the linear layers, size of the KV cache."""
+    """The start-up line, once a process and on rank 0: kernels, bits of linears and lm_head, size of the KV cache."""
     if get_tensor_model_parallel_rank() == 0:
         from resq_vllm.kv_cache import describe
 
-        kernels = f"ResQ: CPU kernels {ops.isa()}; linear {config.linear_bits}; {describe(config)}"
-        log_once(logging.INFO, kernels)
+        # Not every pipeline stage has lm_head.
+        head = f" lm_head {config.lm_head};" if config.lm_head else ""
+        log_once(logging.INFO, f"ResQ: CPU kernels {ops.isa()}; linear {config.linear_bits};{head} {describe(config)}")

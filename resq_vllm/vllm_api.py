@@ -35,6 +35,7 @@ SYMBOLS: dict[str, str] = {
     "LinearMethodBase": "vllm.model_executor.layers.linear",
     "ModelWeightParameter": "vllm.model_executor.parameter",
     "MultipleOf": "vllm.v1.attention.backend",
+    "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding",
     "QuantizationConfig": "vllm.model_executor.layers.quantization.base_config",
     "RoutedExperts": "vllm.model_executor.layers.fused_moe",
     "UnquantizedLinearMethod": "vllm.model_executor.layers.linear",

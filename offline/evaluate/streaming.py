@@ -11,6 +11,7 @@ from offline.evaluate.perplexity import Perplexity, perplexity
 from offline.evaluate.sequences import Sequences
 from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner, make_batches
+from offline.quantize.lm_head import OutputHead
 
 # Logits of this many positions at a time: a 128k vocabulary in float32 is 0.5 MB a position.
 _LOGIT_ROWS = 512
@@ -22,14 +23,13 @@ def streaming_perplexity(
     sequences: Sequences,
     layer: Callable[[int], LoadedLayer],
     embedding: torch.Tensor,
-    final_norm: torch.Tensor,
-    lm_head: torch.Tensor,
+    head: OutputHead,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Run ``sequences`` through the layers that ``layer(index)`` gives, plain or fake-quantized.
 
-    embedding and lm_head [vocab, d], final_norm [d], in any float type; arithmetic in the runner's dtype. Holds one
-    layer and the hidden states. ``progress`` gets (layers done, layers).
+    embedding [vocab, d] and head in any float type; arithmetic in the runner's dtype. Holds one layer and the hidden
+    states. ``progress`` gets (layers done, layers).
     """
     batches = make_batches([torch.tensor([ids]) for ids in sequences.ids])
     hiddens = runner.embed(batches, embedding)
@@ -38,7 +38,7 @@ def streaming_perplexity(
         layer(index).run(hiddens)
         if progress is not None:
             progress(index + 1, layers)
-    return perplexity(sequence_nll(runner, batches, hiddens, final_norm, lm_head), sequences)
+    return perplexity(sequence_nll(runner, batches, hiddens, head), sequences)
 
 
 @torch.no_grad()
@@ -46,8 +46,7 @@ def sequence_nll(
     runner: LayerRunner,
     batches: Sequence[torch.Tensor],
     hiddens: Sequence[torch.Tensor],
-    final_norm: torch.Tensor,
-    lm_head: torch.Tensor,
+    head: OutputHead,
 ) -> list[float]:
     """Summed NLL in nats of each sequence: token ids [B, T] and the last layer's outputs [B, T, d], batch by batch."""
     nll: list[float] = []
@@ -56,7 +55,7 @@ def sequence_nll(
             losses = []
             for start in range(0, len(row) - 1, _LOGIT_ROWS):
                 stop = min(start + _LOGIT_ROWS, len(row) - 1)
-                logits = runner.logits(states[None, start:stop], final_norm, lm_head)[0].float()
+                logits = runner.logits(states[None, start:stop], head.norm, head.weight, head.rounding)[0].float()
                 losses.append(
                     cross_entropy(logits, row[start + 1 : stop + 1].to(logits.device), reduction="sum").double()
                 )

@@ -12,6 +12,7 @@ from offline.methods.lab import Lab
 from offline.methods.method import Prepared
 from offline.models.attention import ATTENTION_NAME
 from offline.models.layer import LoadedLayer
+from resq_vllm.formats.metadata import LM_HEAD
 
 
 class WholeModel:
@@ -44,16 +45,18 @@ class WholeModel:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=runner.dtype)
         finally:
             config.tie_word_embeddings = tied
+        head = prepared.head()
         state = {
             adapter.embedding: prepared.embedding(),
-            adapter.final_norm: prepared.final_norm(),
-            adapter.lm_head: prepared.lm_head(),
+            adapter.final_norm: head.norm,
+            adapter.lm_head: head.weight,
         }
         state = {name: value.to(runner.device, runner.dtype) for name, value in state.items()}
         for index, layer in enumerate(self._layers):
             state |= layer.tensors()
             layer.install(model.get_submodule(adapter.layer_prefix(index).rstrip(".")))
         model.load_state_dict(state, strict=True, assign=True)
+        model.get_submodule(LM_HEAD).register_forward_pre_hook(lambda module, args: (head.rounding(args[0]),))
         _refill_buffers(model, adapter.rotary(config))
         return model.eval()
 

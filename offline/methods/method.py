@@ -17,6 +17,7 @@ import torch
 from offline.models.source import ModelSource
 from offline.quantize.activations import ActivationQuantizer, KVQuantizer
 from offline.quantize.linear_weights import Unquantized, WeightQuantizer
+from offline.quantize.lm_head import OutputHead
 from resq_vllm.formats.metadata import SITES, SiteName
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Prepared(ABC):
     def lm_head(self) -> torch.Tensor:
         """[vocab, d]."""
         return self.source.lm_head()
+
+    def head(self) -> OutputHead:
+        """Final norm and lm_head, with what its input goes through."""
+        return OutputHead(self.final_norm(), self.lm_head())
 
     @abstractmethod
     def layer(self, index: int) -> LayerPlan:

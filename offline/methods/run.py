@@ -27,7 +27,7 @@ class Measured:
 
     Attributes:
         perplexity: by text, in the lab's order.
-        weight_bits: mean over all weights of the decoder layers' linears.
+        weight_bits: mean over all weights of the decoder layers' linears; lm_head is not among them.
         activation_bits: mean over all input elements of those linears.
         kv_bits: mean over layers.
         seconds: wall clock, shared statistics not counted twice.
@@ -95,9 +95,9 @@ def run_method(lab: Lab, method: Method, whole: WholeModel | None = None) -> Mea
         lab.progress(method.name, index + 1, adapter.num_layers)
     if whole is not None:
         whole.finish(prepared)
-    final_norm, lm_head = prepared.final_norm(), prepared.lm_head()
+    head = prepared.head()
     results = {
-        name: perplexity(sequence_nll(runner, batches[name], hiddens[name], final_norm, lm_head), text)
+        name: perplexity(sequence_nll(runner, batches[name], hiddens[name], head), text)
         for name, text in lab.texts.items()
     }
     return Measured(results, *bits.means, time.monotonic() - start)

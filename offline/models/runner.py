@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from offline.models.adapter import ModelAdapter
 from offline.models.attention import ATTENTION_NAME
-from offline.models.layer import LoadedLayer
+from offline.models.layer import LoadedLayer, Transform
 from offline.models.source import ModelSource
 from resq_vllm.errors import ResQError
 
@@ -110,10 +110,15 @@ class LayerRunner:
         hidden: torch.Tensor,
         final_norm: torch.Tensor | None = None,
         lm_head: torch.Tensor | None = None,
+        rounding: Transform | None = None,
     ) -> torch.Tensor:
-        """Logits [B, T, vocab] of the last layer's output [B, T, d]; the tensors replace the model's own."""
+        """Logits [B, T, vocab] of the last layer's output [B, T, d]; the tensors replace the model's own.
+
+        ``rounding``: what lm_head's input goes through first.
+        """
         norm = self.adapter.norm_module()
         weight = self.source.final_norm() if final_norm is None else final_norm
         norm.weight = torch.nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
         head = self.source.lm_head() if lm_head is None else lm_head
-        return torch.nn.functional.linear(norm(hidden), head.to(self.device, self.dtype))
+        normed = norm(hidden) if rounding is None else rounding(norm(hidden))
+        return torch.nn.functional.linear(normed, head.to(self.device, self.dtype))

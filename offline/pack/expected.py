@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from offline.pack.names import key_rotation_name, site_of
 from offline.pack.tensors import TensorSpec, linear_specs
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.metadata import LinearSite, QuantizationMetadata
+from resq_vllm.formats.metadata import LM_HEAD, LinearSite, QuantizationMetadata
 
 UNPACKED_KV_BITS = 16
 # What transformers raises for files that it cannot make a model of: its readers share no error class.
@@ -45,12 +45,15 @@ def meta_model(config: PreTrainedConfig, source: str) -> nn.Module:
 
 
 def quantized_linears(model: nn.Module, metadata: QuantizationMetadata) -> dict[str, tuple[nn.Linear, LinearSite]]:
-    """The linear modules that the checkpoint holds packed, by name in model order."""
+    """The linear modules that the checkpoint holds packed, by name in model order; lm_head too where it has 8 bits."""
     found: dict[str, tuple[nn.Linear, LinearSite]] = {}
     for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name in metadata.ignore:
+            continue
         site = site_of(name)
-        if isinstance(module, nn.Linear) and site is not None and name not in metadata.ignore:
-            found[name] = (module, metadata.sites[site])
+        spec = metadata.lm_head_site if name == LM_HEAD else None if site is None else metadata.sites[site]
+        if spec is not None:
+            found[name] = (module, spec)
     return found
 
 
@@ -78,7 +81,7 @@ def expected_tensors(model: nn.Module, metadata: QuantizationMetadata, source: s
             linear, site = packed[module]
             if linear.in_features != site.low + site.high:
                 raise ResQError(
-                    f"{source}: sites.{site_of(module)} has {site.low} + {site.high} columns but {module} has "
+                    f"{source}: sites.{site_of(module) or 'qkv'} has {site.low} + {site.high} columns but {module} has "
                     f"{linear.in_features} inputs; quantize the model again with this release"
                 )
             specs.update(linear_specs(module, linear.out_features, site))

@@ -16,9 +16,12 @@ from offline.models.adapter import ModelAdapter
 from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner
 from offline.models.source import ModelSource
+from offline.pack.tensors import linear_from_tensors, linear_tensors
 from offline.pipeline.options import QuantizeOptions
 from offline.pipeline.workfolder import WorkFolder
-from resq_vllm.formats.metadata import QuantizationMetadata
+from offline.quantize.lm_head import OutputHead, quantize_lm_head
+from resq_vllm.formats.metadata import LM_HEAD, QuantizationMetadata
+from resq_vllm.formats.plan import linear_plan
 
 
 def step(index: int) -> str:
@@ -79,6 +82,24 @@ class Job(ABC):
     def batch_tokens(self) -> int:
         return self.options.batch_size * max(s.numel() for s in self.sequences)
 
+    def head_tensors(self, fused: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Checkpoint tensors of lm_head: in the model's dtype, or packed at 8 bits.
+
+        ``fused`` takes rows [n, d] of the model's own and a dtype, and returns what the checkpoint has in their place.
+        """
+        table = self.source.lm_head()
+        if self.metadata.lm_head_site is None:
+            return {self.adapter.lm_head: fused(table, self.source.dtype)}
+        return linear_tensors(quantize_lm_head(table, lambda rows: fused(rows, torch.float32)), LM_HEAD)
+
+    def served_head(self, top: dict[str, torch.Tensor]) -> OutputHead:
+        """The checkpoint's final norm and lm_head as they will be served."""
+        norm, site = top[self.adapter.final_norm], self.metadata.lm_head_site
+        if site is None:
+            return OutputHead(norm, top[self.adapter.lm_head])
+        plan, rows = linear_plan(site, site.high, self.metadata.head_dim), top[self.adapter.embedding].shape[0]
+        return OutputHead.of_quantized(norm, linear_from_tensors(top.__getitem__, LM_HEAD, rows, site, plan))
+
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Checkpoint tensors of a finished layer."""
         return self.work.load(step(index))
@@ -99,8 +120,7 @@ class Job(ABC):
                 self.text,
                 self.runner.layer,
                 source.embedding(),
-                source.final_norm(),
-                source.lm_head(),
+                OutputHead(source.final_norm(), source.lm_head()),
                 update,
             )
             after = streaming_perplexity(
@@ -108,8 +128,7 @@ class Job(ABC):
                 self.text,
                 served,
                 top[adapter.embedding],
-                top[adapter.final_norm],
-                top[adapter.lm_head],
+                self.served_head(top),
                 lambda done, layers: update(layers + done, 2 * layers),
             )
         print(f"perplexity {before.value:.3f} -> {after.value:.3f} on {after.tokens} tokens of the {after.dataset}")

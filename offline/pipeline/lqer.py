@@ -31,7 +31,7 @@ from offline.quantize.lowrank import activation_scale, low_rank
 from offline.quantize.mixed import QuantizedLinear
 from offline.report.stats import CheckpointStats, PerplexityRecord
 from resq_vllm import __version__
-from resq_vllm.formats.metadata import SITES, KVLayer, LinearSite, QuantizationMetadata, SiteName
+from resq_vllm.formats.metadata import SITES, KVLayer, LinearSite, QuantizationMetadata, SiteName, format_version
 
 ACTIVATION_BITS: Literal[8] = 8
 _CHANNELS = "channels"
@@ -40,12 +40,14 @@ _CHANNELS = "channels"
 def lqer_metadata(adapter: ModelAdapter, options: QuantizeOptions) -> QuantizationMetadata:
     """The quantization_config; raises ResQError where options and model do not fit."""
     return QuantizationMetadata(
+        format_version=format_version(options.lm_head_bits),
         tool_version=__version__,
         high_fraction=0.0,
         head_dim=adapter.head_dim,
         max_tp=options.max_tp,
         sites={site: _site(adapter, site, options) for site in SITES},
         kv_cache=[KVLayer(low_bits=layer.low_bits) for layer in build_kv_layers(adapter, options)],
+        lm_head_bits=options.lm_head_bits,
         ignore=ignored_modules(adapter, options.ignore_layers),
         recipe=options.recipe(),
     )
@@ -92,7 +94,7 @@ class LQERJob(Job):
             self.adapter.embedding: self.source.embedding(),
             self.adapter.final_norm: self.source.final_norm(),
             # Stored beside the embedding even where the model ties them: the format knows untied models only.
-            self.adapter.lm_head: self.source.lm_head(),
+            **self.head_tensors(lambda rows, dtype: rows.to(dtype)),
         }
         with bar("(2/3) quantizing", self.adapter.num_layers) as update:
             for index in range(self.adapter.num_layers):

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resq_vllm.errors import ResQError
+from resq_vllm.formats.metadata import LM_HEAD, LMHeadBits
 
 OutputScales = Literal["token8", "part", "kv", "head"]
 Method = Literal["resq", "lqer", "l2qer"]
@@ -48,6 +49,7 @@ class QuantizeOptions(BaseModel):
     low_bits: Literal[4, 8] = 4
     high_bits: Literal[8] = 8
     kv_bits: tuple[Literal[4, 8, 16], ...] = (4,)
+    lm_head_bits: LMHeadBits = 16
     o_scales: OutputScales = "part"
     down_act_bits: Literal[4, 8] | None = None
     down_high_fraction: float | None = Field(default=None, ge=0, le=0.5)
@@ -75,6 +77,8 @@ class QuantizeOptions(BaseModel):
             first = error.errors()[0]
             flag = "--" + str(first["loc"][0]).replace("_", "-")
             raise ResQError(f"{flag}: {first['msg']} (given: {first['input']!r})") from error
+        if options.lm_head_bits == 8 and LM_HEAD in options.ignore_layers:
+            raise ResQError("--lm-head-bits 8 and --ignore-layers lm_head contradict each other; leave one out")
         resq = options.method == "resq"
         for field in _LQER_ONLY if resq else _RESQ_ONLY:
             if getattr(options, field) != cls.model_fields[field].default:

@@ -58,16 +58,16 @@ def publish(
 ) -> Path:
     """Write everything to a temporary folder in ``scratch`` (of the same disk) and rename it to ``output``.
 
-    top: embedding, final norm and lm_head in the model's dtype; layer_tensors: checkpoint tensors of a layer, asked
-    for one layer at a time; basis: the finished bases file, if any; card: text of README.md; stats: what was measured
-    on the way. Raises ResQError when the disk is full or ``output`` has appeared meanwhile; nothing is left behind.
+    top: checkpoint tensors of embedding, final norm and lm_head; layer_tensors: those of a layer, asked for one layer
+    at a time; basis: the finished bases file, if any; card: text of README.md; stats: what was measured on the way.
+    Raises ResQError when the disk is full or ``output`` has appeared meanwhile; nothing is left behind.
     """
     adapter = source.adapter
     with CheckpointWriter(output, scratch=scratch) as writer:
         writer.add({adapter.embedding: top[adapter.embedding]})
         for index in range(adapter.num_layers):
             writer.add(layer_tensors(index))
-        writer.add({name: top[name] for name in (adapter.final_norm, adapter.lm_head)})
+        writer.add({name: tensor for name, tensor in top.items() if name != adapter.embedding})
         if basis is not None:
             writer.copy(basis)
         writer.write_json(CONFIG_FILE, checkpoint_config(source, metadata))

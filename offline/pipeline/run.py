@@ -123,12 +123,12 @@ class _ResQJob(Job):
         return bases
 
     def top_tensors(self, rotations: Rotations) -> dict[str, torch.Tensor]:
-        """Embedding, final norm and lm_head in the model's dtype; the embedding is untied from lm_head."""
-        dtype, norm = self.source.dtype, self.source.final_norm()
+        """Embedding and final norm in the model's dtype, and lm_head, which the embedding is untied from."""
+        norm = self.source.final_norm()
         return {
-            self.adapter.embedding: fuse_embedding(self.source.embedding(), rotations.residual, dtype),
+            self.adapter.embedding: fuse_embedding(self.source.embedding(), rotations.residual, self.source.dtype),
             self.adapter.final_norm: torch.ones_like(norm),
-            self.adapter.lm_head: fuse_lm_head(self.source.lm_head(), norm, rotations.residual, dtype),
+            **self.head_tensors(lambda rows, dtype: fuse_lm_head(rows, norm, rotations.residual, dtype)),
         }
 
     def layers(self, rotations: Rotations, energy: torch.Tensor, top: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,15 @@ from offline.pipeline.options import OutputScales, QuantizeOptions
 from offline.rotate.spec import DownLayout, down_layout
 from resq_vllm import __version__
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata, SiteName, high_count
+from resq_vllm.formats.metadata import (
+    LM_HEAD,
+    KVLayer,
+    LinearSite,
+    QuantizationMetadata,
+    SiteName,
+    format_version,
+    high_count,
+)
 
 _O_SCALES: dict[OutputScales, Literal["part", "block", "head"]] = {
     "token8": "part",
@@ -99,9 +107,9 @@ def ignored_modules(adapter: ModelAdapter, patterns: Sequence[str]) -> list[str]
     matches nothing, and for half of a fused layer.
     """
     names = [adapter.linear(layer, n) for layer in range(adapter.num_layers) for s in SITE_LINEARS.values() for n in s]
-    chosen: set[str] = {"lm_head"} & set(patterns)
+    chosen: set[str] = {LM_HEAD} & set(patterns)
     for pattern in patterns:
-        if pattern == "lm_head":  # never quantized in format 1; naming it is a habit from other tools
+        if pattern == LM_HEAD:  # not quantized unless --lm-head-bits says so; naming it is a habit from other tools
             continue
         if pattern.startswith("re:"):
             found = {n for n in names if re.search(pattern[3:], n)}
@@ -125,12 +133,14 @@ def ignored_modules(adapter: ModelAdapter, patterns: Sequence[str]) -> list[str]
 def build_metadata(adapter: ModelAdapter, options: QuantizeOptions) -> QuantizationMetadata:
     """The whole quantization_config; raises ResQError where options and model do not fit."""
     return QuantizationMetadata(
+        format_version=format_version(options.lm_head_bits),
         tool_version=__version__,
         high_fraction=options.high_fraction,
         head_dim=adapter.head_dim,
         max_tp=options.max_tp,
         sites=build_sites(adapter, options),
         kv_cache=build_kv_layers(adapter, options),
+        lm_head_bits=options.lm_head_bits,
         ignore=ignored_modules(adapter, options.ignore_layers),
         recipe=options.recipe(),
     )

@@ -90,7 +90,11 @@ def size_parts(data: ReportData) -> list[tuple[str, int, int]]:
         ("weight scales", scales, 0),
         ("low-rank corrections", sum(site.correction_bytes for site in found.sites), 0),
         ("embedding", found.embedding_bytes, found.embedding_bytes),
-        ("lm_head", found.lm_head_bytes, found.lm_head_bytes),
+        (
+            f"lm_head ({found.lm_head_bits} bit)",
+            found.lm_head_bytes,
+            2 * found.lm_head_weights if found.lm_head_bits == 8 else found.lm_head_bytes,
+        ),
         ("key rotations (U_C)", found.rotation_bytes, 0),
         ("norms, biases, 16-bit layers", found.other_bytes, found.other_bytes),
     ]
@@ -165,7 +169,10 @@ def recipe(data: ReportData) -> Section:
     options = [(key, str(value)) for key, value in data.metadata.recipe.items()]
     options += [("high_fraction", f"{data.metadata.high_fraction:g}"), ("max_tp", str(data.metadata.max_tp))]
     options += [("KV cache, a head", "; ".join(f"{kind} ({count} layers)" for kind, count in kinds.items()))]
-    options += [("left in 16 bits", ", ".join(["embedding", "lm_head", "norms", *data.metadata.ignore]))]
+    if data.metadata.lm_head_bits == 8:
+        options += [("lm_head", "8-bit weights, a scale a row; 8-bit inputs, a scale a token")]
+    head = ["lm_head"] * (data.metadata.lm_head_bits == 16)
+    options += [("left in 16 bits", ", ".join(["embedding", *head, "norms", *data.metadata.ignore]))]
     options += [("written by", f"resq-vllm {data.metadata.tool_version}, format {data.metadata.format_version}")]
     table = Table("How it was made.", ("option", "value"), tuple(options), text_columns=2, wrap=True)
     text = "The checkpoint carries its own settings, so serving needs no flag of its own:"

@@ -2,7 +2,8 @@
 
 Per linear site the metadata says how many input columns are low and high, the bits of weights and activations, which
 columns share an activation or a weight scale and how the online Hadamard is cut; per layer how K and V are kept. Format
-2 adds ``scale_groups``, ``weight_group`` and ``low_rank``; a format 1 file is read as before.
+2 adds ``scale_groups``, ``weight_group`` and ``low_rank``; a format 1 file is read as before. Format 3 adds
+``lm_head_bits`` = 8; only files that have it say so, since a release that cannot serve it must refuse it, and it alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from resq_vllm.errors import ResQError, invalid_field
 
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+LM_HEAD_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 _FORMAT_2_FIELDS = ("scale_groups", "weight_group", "low_rank")
 QUANT_METHOD = "resq"
 SiteName = Literal["qkv", "o", "gate_up", "down"]
@@ -119,8 +121,26 @@ class KVLayer(_Strict):
     high: int = Field(default=0, ge=0)
 
 
+LMHeadBits = Literal[8, 16]
+LM_HEAD = "lm_head"
+
+
+def eight_bit_head(columns: int) -> LinearSite:
+    """lm_head at 8 bits as a linear layer of ``columns`` inputs: high columns alone."""
+    return LinearSite(low=0, high=columns)
+
+
+def format_version(lm_head_bits: LMHeadBits) -> int:
+    """The format to write: that of this release, or the one that an 8-bit lm_head needs."""
+    return FORMAT_VERSION if lm_head_bits == 16 else LM_HEAD_VERSION
+
+
 class QuantizationMetadata(_Strict):
-    """The whole ``quantization_config``. ``recipe`` records how it was made; nothing at run time depends on it."""
+    """The whole ``quantization_config``. ``recipe`` records how it was made; nothing at run time depends on it.
+
+    ``lm_head_bits``: 16 = lm_head in the model's dtype; 8 = its weights symmetric with a scale a row, its input
+    asymmetric with a scale a token, both of 8 bits (``lm_head_site``).
+    """
 
     quant_method: Literal["resq"] = "resq"
     format_version: int = FORMAT_VERSION
@@ -130,7 +150,7 @@ class QuantizationMetadata(_Strict):
     max_tp: int = Field(default=1, ge=1)
     sites: dict[SiteName, LinearSite]
     kv_cache: list[KVLayer]
-    lm_head_bits: Literal[16] = 16
+    lm_head_bits: LMHeadBits = 16
     ignore: list[str] = []
     recipe: dict[str, str | int | float | bool | None] = {}
 
@@ -144,7 +164,20 @@ class QuantizationMetadata(_Strict):
                 newer = [field for field in _FORMAT_2_FIELDS if getattr(site, field)]
                 if newer:
                     raise ValueError(f"sites.{name}.{newer[0]} is of format 2, not {self.format_version}")
+        if self.lm_head_bits == 8:
+            if self.format_version < LM_HEAD_VERSION:
+                raise ValueError(f"lm_head_bits = 8 is of format {LM_HEAD_VERSION}, not {self.format_version}")
+            if LM_HEAD in self.ignore:
+                raise ValueError("lm_head is in the ignore list although lm_head_bits is 8")
         return self
+
+    @property
+    def lm_head_site(self) -> LinearSite | None:
+        """lm_head as a linear layer of the residual stream's width, or None where it is not quantized."""
+        if self.lm_head_bits == 16:
+            return None
+        qkv = self.sites["qkv"]
+        return eight_bit_head(qkv.low + qkv.high)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], source: str = "quantization_config") -> QuantizationMetadata:
@@ -161,8 +194,8 @@ class QuantizationMetadata(_Strict):
         if version not in READABLE_VERSIONS:
             raise ResQError(
                 f"{source}: format_version {version!r} is unknown to this release, which reads formats "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; install a resq-vllm that knows it, or quantize the "
-                "model again with this one"
+                f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}; install a resq-vllm that knows it, or quantize "
+                "the model again with this one"
             )
         try:
             return cls.model_validate(config)
