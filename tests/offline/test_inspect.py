@@ -11,7 +11,7 @@ from rich.console import Console
 
 from offline.inspect import CheckpointReport, inspect_checkpoint
 from resq_vllm.errors import ResQError
-from tests.offline.pack.tiny_checkpoint import write_bases, write_checkpoint
+from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, write_bases, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,19 @@ def test_sizes_add_up_to_the_file(report: CheckpointReport, folder: Path) -> Non
     assert report.total_bytes == index["metadata"]["total_size"]
     linear = sum(site.low_bytes + site.high_bytes + site.scale_bytes for site in report.sites)
     assert report.average_bits == pytest.approx(8 * linear / sum(site.weights for site in report.sites))
+
+
+def test_eight_bit_lm_head(report: CheckpointReport, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "out", metadata=EIGHT_BIT_HEAD)
+    eight = inspect_checkpoint(tmp_path / "out")
+    assert (report.lm_head_bits, eight.lm_head_bits) == (16, 8)
+    assert (eight.lm_head_weights, eight.lm_head_bytes) == (64 * 48, 64 * 48 + 64 * 4)
+    # Bits are those of the decoder layers' linears.
+    assert (eight.average_bits, eight.other_bytes) == (report.average_bits, report.other_bytes)
+    assert eight.total_bytes == report.total_bytes - report.lm_head_bytes + eight.lm_head_bytes
+    out = io.StringIO()
+    eight.print(Console(file=out, width=80))
+    assert "lm_head (8 bit)" in out.getvalue()
 
 
 def test_kv_cache(report: CheckpointReport) -> None:

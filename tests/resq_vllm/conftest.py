@@ -96,10 +96,11 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def rank_of(monkeypatch: pytest.MonkeyPatch, process_group: None) -> Callable[[int, int], None]:
     """rank_of(rank, size): layers made from now on believe to be that rank."""
     import vllm.model_executor.layers.linear as layers
+    import vllm.model_executor.layers.vocab_parallel_embedding as vocabulary
     import vllm.model_executor.parameter as parameter
 
     def set_rank(rank: int, size: int) -> None:
-        for module in (layers, parameter):
+        for module in (layers, vocabulary, parameter):
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
             monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 

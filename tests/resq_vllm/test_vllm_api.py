@@ -59,6 +59,25 @@ def test_linear_base_keeps_its_prefix_for_error_messages() -> None:
     assert "self.prefix = prefix" in inspect.getsource(vllm_api.LinearBase.__init__)
 
 
+def test_lm_head_contract() -> None:
+    head = vllm_api.ParallelLMHead
+    assert parameters(head.weight_loader) == ["self", "param", "loaded_weight"]
+    made = inspect.getsource(head.__mro__[1].__init__)
+    assert "self.prefix = prefix" in made
+    assert "weight_loader=self.weight_loader" in made
+    assert "self.input_size = self.input_size_per_partition = embedding_dim" in made
+
+
+def test_logits_processor_asks_the_method() -> None:
+    import vllm.model_executor.layers.logits_processor as logits_processor
+
+    source = inspect.getsource(logits_processor.LogitsProcessor)
+    assert "lm_head.quant_method.apply(" in source
+    assert "logits[..., : self.org_vocab_size]" in source
+    # vLLM's code for the head of a --quantization method reads no weight of it where dtypes agree.
+    assert source.index("lm_head.quant_method.apply(") < source.index("lm_head.weight")
+
+
 def test_parameter_classes_take_dims_and_a_loader() -> None:
     assert issubclass(vllm_api.ModelWeightParameter, vllm_api.ChannelQuantScaleParameter.__mro__[1])
     for cls in (vllm_api.ModelWeightParameter, vllm_api.ChannelQuantScaleParameter):

@@ -1,4 +1,4 @@
-"""An L²QER checkpoint in vLLM: weight scales per column group, A and B, two ranks, vLLM's own KV cache."""
+"""An L²QER checkpoint in vLLM: weight scales per column group, A and B, 8-bit lm_head, two ranks, vLLM's KV cache."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from offline.evaluate import evaluate_perplexity
 pytestmark = pytest.mark.serving
 
 
-def resq(*arguments: str | Path) -> None:
+def resq(*arguments: str | Path) -> str:
     # Named here, since the tests' own environment already binds threads for one rank.
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cpu_binding(2)}
     command = [sys.executable, "-m", "offline.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def test_served_perplexity_is_that_of_the_reference(tmp_path: Path) -> None:
     checkpoint, result = tmp_path / "l2qer", tmp_path / "result.json"
     short = ("--nsamples", "16", "--seqlen", "256", "--eval-windows", "0")
-    resq("quantize", MODEL_DIR, "-o", checkpoint, "--method", "l2qer", *short)
-    site = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["sites"]["down"]
-    assert (site["low_rank"], site["weight_group"]) == (32, 96)
+    resq("quantize", MODEL_DIR, "-o", checkpoint, "--method", "l2qer", "--lm-head-bits", "8", *short)
+    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    site = config["sites"]["down"]
+    assert (site["low_rank"], site["weight_group"], config["lm_head_bits"]) == (32, 96, 8)
     plain = evaluate_perplexity(MODEL_DIR, limit=12, progress=False).value
     reference = evaluate_perplexity(checkpoint, limit=12, progress=False).value
-    resq("eval", checkpoint, "--engine", "vllm", "--tp", "2", "--windows", "12", "--enforce-eager", "--json", result)
+    options = ("--engine", "vllm", "--tp", "2", "--windows", "12", "--enforce-eager", "--json", result)
+    log = resq("eval", checkpoint, *options)
+    assert "lm_head W8A8" in log
     assert json.loads(result.read_text())["perplexity"] == pytest.approx(reference, rel=0.005)
     # Without A and B it is 1.37 times the plain one, with those of LQER 1.19 times.
     assert reference < 1.1 * plain

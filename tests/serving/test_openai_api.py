@@ -21,6 +21,7 @@ def test_method_comes_from_config_json_and_the_log_says_what_runs(server: VLLMSe
     log = server.log_text()
     assert "quantization=resq" in log
     assert log.count("ResQ: CPU kernels ") == 1
+    assert "; lm_head bf16; KV cache" in log
     assert "KV cache 4/8-bit 84 bytes per token and head (bf16: 256), packed in 6 of 6 layers" in log
 
 

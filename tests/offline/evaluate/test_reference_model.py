@@ -14,8 +14,9 @@ from offline.pack.reader import ResQCheckpoint
 from resq_vllm import reference
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
+from resq_vllm.formats.metadata import QuantizationMetadata
 from tests.offline.models.tiny import random_sequences, save_tiny
-from tests.offline.pack.tiny_checkpoint import write_checkpoint
+from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, METADATA, write_checkpoint
 
 IDS = random_sequences([21])[0]
 
@@ -78,21 +79,24 @@ class WrittenOut:
             normed = rms_norm(x, get(f"{at}.post_attention_layernorm.weight"), epsilon)
             gate, up = (self.linear(f"{at}.mlp.{n}_proj", normed) for n in ("gate", "up"))
             x = x + self.linear(f"{at}.mlp.down_proj", F.silu(gate) * up)
-        return F.linear(rms_norm(x, get("model.norm.weight"), epsilon), get("lm_head.weight"))
+        return self.linear("lm_head", rms_norm(x, get("model.norm.weight"), epsilon))
 
 
 @pytest.mark.parametrize(
-    ("family", "windows"),
+    ("family", "windows", "metadata"),
     [
-        ("llama", [-1, -1, -1]),
-        ("llama-bias", [-1, -1, -1]),
-        ("qwen2", [-1, -1, -1]),
-        ("qwen2-window", [-1, 5, 5]),
-        ("mistral-window", [5, 5, 5]),
+        ("llama", [-1, -1, -1], METADATA),
+        ("llama", [-1, -1, -1], EIGHT_BIT_HEAD),
+        ("llama-bias", [-1, -1, -1], METADATA),
+        ("qwen2", [-1, -1, -1], METADATA),
+        ("qwen2-window", [-1, 5, 5], METADATA),
+        ("mistral-window", [5, 5, 5], METADATA),
     ],
 )
-def test_logits_equal_the_specification(family: str, windows: list[int], tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "out", family)
+def test_logits_equal_the_specification(
+    family: str, windows: list[int], metadata: QuantizationMetadata, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "out", family, metadata=metadata)
     model = load_reference_model(tmp_path / "out")
     with torch.no_grad():
         found = model(input_ids=IDS).logits[0]

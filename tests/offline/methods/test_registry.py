@@ -11,6 +11,7 @@ from offline.methods.method import LayerPlan, Method, Prepared, SiteQuantization
 from offline.methods.registry import MethodOptions, ablations, chosen_ablations, methods
 from offline.methods.run import run_method
 from offline.quantize.activations import ActivationQuantizer, KVQuantizer
+from offline.quantize.lm_head import OutputHead
 from resq_vllm.errors import ResQError
 from tests.offline.methods.conftest import MakeLab
 
@@ -44,6 +45,7 @@ class Unrounded(Method):
             return LayerPlan(plan.tensors, sites, KVQuantizer(plan.kv.rotation))
 
         prepared.layer = layer  # type: ignore[method-assign]
+        prepared.head = lambda: OutputHead(prepared.final_norm(), prepared.lm_head())  # type: ignore[method-assign]
         return prepared
 
 
@@ -81,6 +83,15 @@ def test_mixed_precision_keeps_to_the_budget(name: str, make_lab: MakeLab) -> No
     measured = run_method(make_lab(), ROWS[name])
     for bits in (measured.weight_bits, measured.activation_bits, measured.kv_bits):
         assert 4 <= bits <= 4.6
+
+
+def test_eight_bit_head_is_felt_and_not_among_the_layers_bits(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    plain, eight = (run_method(lab, ROWS[name]) for name in ("resq", "resq-lm8"))
+    assert (plain.weight_bits, plain.activation_bits) == (eight.weight_bits, eight.activation_bits)
+    found, wanted = eight.perplexity[""].value, plain.perplexity[""].value
+    assert found != wanted
+    assert found == pytest.approx(wanted, rel=0.01)
 
 
 def test_corrections_count_as_weights(make_lab: MakeLab) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from offline.cli import app
 from offline.compare.options import CompareOptions
 from offline.evaluate import evaluate_perplexity
+from offline.evaluate.dataset import load_dataset
+from offline.evaluate.perplexity import model_perplexity
+from offline.evaluate.sequences import model_sequences
 from offline.methods.engine import open_engine
 from offline.methods.lab import Lab
 from offline.methods.resq import ResQ, ResQPrepared, three_way
@@ -43,7 +47,9 @@ def test_three_way_rounds_the_first_columns_to_four_values(make_lab: MakeLab) ->
     assert prepared.kv_bits(0) == (2 * 2 + 12 * 4 + 2 * 8) / 16
 
 
-@pytest.mark.parametrize("extra", [(), ("--no-compensate",), ("--o-scales", "kv", "--kv-bits", "8")])
+@pytest.mark.parametrize(
+    "extra", [(), ("--no-compensate",), ("--o-scales", "kv", "--kv-bits", "8"), ("--lm-head-bits", "8")]
+)
 def test_row_is_the_checkpoint(extra: tuple[str, ...], tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     app(
@@ -65,10 +71,16 @@ def test_row_is_the_checkpoint(extra: tuple[str, ...], tmp_path: Path) -> None:
     served = evaluate_perplexity(tmp_path / "out", seqlen=64, limit=8, progress=False).value
     options = CompareOptions(model=str(model), nsamples=8, seqlen=64, windows=8)
     engine = open_engine(str(model), options)
-    changes = {(): {}, ("--no-compensate",): {"compensate": False}}.get(extra, {"o_scales": "kv", "kv_bits": (8,)})
-    engine.add(ResQ(name="checkpoint", **changes))
+    changes: dict[tuple[str, ...], dict[str, Any]] = {
+        (): {},
+        ("--no-compensate",): {"compensate": False},
+        ("--lm-head-bits", "8"): {"lm_head_bits": 8},
+    }
+    engine.add(ResQ(name="checkpoint", **changes.get(extra, {"o_scales": "kv", "kv_bits": (8,)})))
     measured = engine.run("checkpoint", with_model=True)
     assert measured.ppl == pytest.approx(served, rel=1e-3)
+    sequences = model_sequences(tmp_path / "out", load_dataset("bundled"), 64, 8)
+    assert model_perplexity(measured.model, sequences, False).value == pytest.approx(served, rel=1e-3)
     ids = torch.tensor([[0, 5, 9, 30, 2]])
     with torch.no_grad():
         assert measured.model(input_ids=ids).logits.shape == (1, 5, 4096)

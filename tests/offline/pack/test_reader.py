@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline.pack.reader import ResQCheckpoint, is_resq_checkpoint
+from offline.pack.tensors import TensorSpec
 from offline.quantize.mixed import quantize_linear
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import linear_plan
-from tests.offline.pack.tiny_checkpoint import METADATA, orthogonal, write_checkpoint
+from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, METADATA, orthogonal, write_checkpoint
 
 SHARD = "model-00001-of-00001.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
@@ -66,6 +67,24 @@ def test_reads_what_was_written(family: str, shard_bytes: int, tmp_path: Path) -
     assert torch.equal(checkpoint.tensor("model.norm.weight"), model.model.norm.weight)
     assert checkpoint.nbytes(f"{Q}.weight_low") == 64 * 42 // 2
     assert checkpoint.basis_path is None
+
+
+def test_eight_bit_lm_head_is_a_packed_module(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "out", metadata=EIGHT_BIT_HEAD)
+    checkpoint = ResQCheckpoint(tmp_path / "out")
+    assert list(checkpoint.linears)[-1] == "lm_head"
+    assert "lm_head.weight" not in checkpoint.specs
+    assert checkpoint.specs["lm_head.weight_high"] == TensorSpec(torch.int8, (64, 48))
+    assert checkpoint.specs["lm_head.weight_high_scale"] == TensorSpec(torch.float32, (64,))
+    weight = model.lm_head.weight.detach()
+    error = (checkpoint.linear("lm_head").dequantize() - weight).abs().amax() / weight.abs().amax()
+    assert 0 < error < 1 / 127
+
+
+def test_float_lm_head_where_eight_bits_are_announced(damaged: Path) -> None:
+    change_config(damaged, lambda c: c["quantization_config"].update(lm_head_bits=8, format_version=3))
+    with pytest.raises(ResQError, match=r"tensor lm_head\.weight_high is missing; quantize the model again"):
+        ResQCheckpoint(damaged)
 
 
 def test_unknown_tensor_and_module_are_named(good: Path) -> None:

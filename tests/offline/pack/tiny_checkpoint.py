@@ -13,7 +13,7 @@ from offline.pack.names import BASIS_FILE, CONFIG_FILE, key_rotation_name
 from offline.pack.tensors import linear_tensors
 from offline.pack.writer import CheckpointWriter
 from offline.quantize.mixed import quantize_linear
-from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata
+from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata, format_version
 from resq_vllm.formats.plan import linear_plan
 from tests.offline.models.tiny import tiny_model, tiny_tokenizer
 
@@ -32,20 +32,27 @@ METADATA = QuantizationMetadata(
     ignore=["model.layers.2.mlp.down_proj"],
 )
 
+EIGHT_BIT_HEAD = METADATA.model_copy(update={"lm_head_bits": 8, "format_version": format_version(8)})
+
 
 def orthogonal(dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
 
 
-def write_checkpoint(folder: Path, family: str = "llama", max_shard_bytes: int = 1 << 30) -> Any:
+def write_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    max_shard_bytes: int = 1 << 30,
+    metadata: QuantizationMetadata = METADATA,
+) -> Any:
     """Write to ``folder`` and return the plain random model that it was made of.
 
     Its three layers keep the KV cache in 4/8, in 8 and in 16 bits, and one down_proj is not quantized.
     """
     model = tiny_model(family)
-    linears = quantized_linears(model, METADATA)
-    config = model.config.to_dict() | {"quantization_config": METADATA.model_dump(mode="json")}
+    linears = quantized_linears(model, metadata)
+    config = model.config.to_dict() | {"quantization_config": metadata.model_dump(mode="json")}
     config["tie_word_embeddings"] = False
     with CheckpointWriter(folder, max_shard_bytes) as writer:
         for name, tensor in model.state_dict().items():

@@ -49,6 +49,26 @@ def test_card_and_whole_model_reference_agree(
     assert f"{after:.3f}" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("method", [(), ("--method", "lqer", "--rank", "8")])
+def test_eight_bit_lm_head(
+    method: tuple[str, ...], tiny_model: Path, flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flags(tiny_model, *method, "--lm-head-bits", "8"))
+    after = float(capsys.readouterr().out.split("->")[1].split()[0])
+    checkpoint = ResQCheckpoint(tmp_path / "out")
+    assert (checkpoint.metadata.lm_head_bits, checkpoint.metadata.format_version) == (8, 3)
+    assert checkpoint.tensor("lm_head.weight_high").shape == (4096, 64)
+    assert checkpoint.tensor("model.embed_tokens.weight").dtype == torch.bfloat16
+    assert evaluate_perplexity(tmp_path / "out", limit=1, progress=False).value == pytest.approx(after, rel=1e-3)
+    run(flags(tiny_model, *method, output="float"))
+    plain = ResQCheckpoint(tmp_path / "float")
+    assert (plain.metadata.lm_head_bits, plain.metadata.format_version) == (16, 2)
+    # The model's own head in bf16 differs from the 8-bit one by half a step of a row's scale, and bf16's rounding.
+    head, scale = checkpoint.linear("lm_head").dequantize(), checkpoint.tensor("lm_head.weight_high_scale")
+    error = (plain.tensor("lm_head.weight").float() - head).abs() / scale[:, None]
+    assert 0.45 < float(error.max()) < 1.0
+
+
 def test_eight_bits_everywhere_is_nearly_lossless(tiny_model: Path, flags: Flags, tmp_path: Path) -> None:
     run(flags(tiny_model, "--low-bits", "8", "--kv-bits", "8"))
     plain = evaluate_perplexity(tiny_model, limit=1, progress=False).value

@@ -120,6 +120,14 @@ def test_checkpoint_of_another_method(method: str, quantize: Quantize, tmp_path:
     assert "The KV cache of this checkpoint is not quantized" in page.text
 
 
+def test_eight_bit_lm_head(quantize: Quantize, tmp_path: Path) -> None:
+    page = page_of(quantize("--rtn", "--lm-head-bits", "8"), tmp_path / "out")
+    # 4096 rows of 64 bytes and a float32 scale, beside 128 bytes a row.
+    assert "lm_head (8 bit) 272 KiB" in page.text
+    assert "8-bit weights, a scale a row" in page.text
+    assert "embedding, norms" in page.text
+
+
 def test_uniform_checkpoint_rounded_to_nearest(quantize: Quantize, tmp_path: Path) -> None:
     page = page_of(quantize("--rtn", "--high-fraction", "0"), tmp_path / "out")
     assert figures_of(page) == set(FIGURES) - {"variance"}

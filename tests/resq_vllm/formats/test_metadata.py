@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata, high_count
+from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata, format_version, high_count
+from resq_vllm.formats.plan import HIGH, LinearPlan, Segment, linear_plan
 
 
 def valid() -> dict[str, Any]:
@@ -29,7 +30,10 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 3}, r"config.json: format_version 3 is unknown .* reads formats 1 and 2"),
+        ({"format_version": 4}, r"config.json: format_version 4 is unknown .* reads formats 1 to 3"),
+        ({"lm_head_bits": 8}, r"lm_head_bits = 8 is of format 3, not 2"),
+        ({"lm_head_bits": 4, "format_version": 3}, r"field lm_head_bits is invalid"),
+        ({"lm_head_bits": 8, "format_version": 3, "ignore": ["lm_head"]}, r"lm_head is in the ignore list although"),
         ({"quant_method": "awq"}, r"quant_method is 'awq'.* not quantized by resq"),
         ({"head_dim": 0}, r"field head_dim is invalid"),
         ({"colour": "red"}, r"field colour is invalid"),
@@ -78,6 +82,18 @@ def test_format_1_is_read_as_before() -> None:
     metadata = QuantizationMetadata.from_dict(valid() | {"format_version": 1, "sites": sites})
     assert metadata.format_version == 1
     assert (metadata.sites["down"].scale_blocks, metadata.sites["down"].weight_groups) == (8, 1)
+
+
+def test_eight_bit_lm_head_is_as_wide_as_the_residual_stream() -> None:
+    plain = QuantizationMetadata.from_dict({key: value for key, value in valid().items() if key != "lm_head_bits"})
+    assert (plain.lm_head_bits, plain.lm_head_site) == (16, None)
+    metadata = QuantizationMetadata.from_dict(valid() | {"lm_head_bits": 8, "format_version": format_version(8)})
+    assert metadata.lm_head_site == LinearSite(low=0, high=256)
+    assert linear_plan(metadata.lm_head_site, 256, 64) == LinearPlan((Segment(256, HIGH, 0),), (8,))
+
+
+def test_only_an_eight_bit_lm_head_asks_for_a_newer_release() -> None:
+    assert (format_version(16), format_version(8)) == (2, 3)
 
 
 @pytest.mark.parametrize(

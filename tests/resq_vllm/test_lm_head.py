@@ -1,0 +1,219 @@
+"""ResQLMHeadMethod: this rank's rows of the vocabulary, padding, and the logits that vLLM makes of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from resq_vllm import linear as linear_module
+from resq_vllm import reference
+from resq_vllm.config import ResQConfig
+from resq_vllm.errors import ResQError
+from resq_vllm.formats.plan import linear_plan
+from resq_vllm.linear import ResQLinearMethod
+from resq_vllm.lm_head import ResQLMHeadMethod, float_name, is_lm_head
+from tests.resq_vllm.conftest import HEAD_DIM, HIDDEN, VOCAB, quantization_config
+
+Tensors = dict[str, torch.Tensor]
+NAMES = ("weight_high", "weight_high_scale")
+
+
+@pytest.fixture
+def config() -> ResQConfig:
+    return ResQConfig.from_config(quantization_config(format_version=3, lm_head_bits=8))
+
+
+def head_of(config: ResQConfig, prefix: str = "lm_head", vocab: int = VOCAB) -> Any:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return ParallelLMHead(vocab, HIDDEN, quant_config=config, prefix=prefix)
+
+
+def stored(seed: int = 0, vocab: int = VOCAB) -> Tensors:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (vocab, HIDDEN), generator=g, dtype=torch.int8)
+    return dict(zip(NAMES, (codes, torch.rand(vocab, generator=g) * 0.01 + 0.001), strict=True))
+
+
+def load(layer: Any, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, tensor)
+
+
+def loaded(config: ResQConfig, vocab: int = VOCAB) -> Any:
+    layer = head_of(config, vocab=vocab)
+    load(layer, stored(vocab=vocab))
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def inputs(tokens: int = 5) -> torch.Tensor:
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(7))
+
+
+def expected(config: ResQConfig, x: torch.Tensor, vocab: int = VOCAB) -> torch.Tensor:
+    """Logits of the whole vocabulary by the specification."""
+    site = config.metadata.lm_head_site
+    assert site is not None
+    codes, scale = stored(vocab=vocab).values()
+    nothing = torch.empty(vocab, 0, dtype=torch.int8)
+    return reference.linear(x, nothing, codes, torch.zeros(vocab), scale, linear_plan(site, HIDDEN, HEAD_DIM))
+
+
+def test_eight_bit_head_gets_its_method_and_nothing_else_does(process_group: None, config: ResQConfig) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    assert isinstance(head_of(config).quant_method, ResQLMHeadMethod)
+    embedding = VocabParallelEmbedding(VOCAB, HIDDEN, quant_config=config, prefix="model.embed_tokens")
+    assert isinstance(embedding.quant_method, UnquantizedEmbeddingMethod)
+    assert not is_lm_head(embedding, "lm_head")
+    down = RowParallelLinear(256, HIDDEN, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj")
+    assert type(down.quant_method) is ResQLinearMethod
+    draft = head_of(config, prefix="model.draft_head")
+    assert isinstance(draft.quant_method, UnquantizedEmbeddingMethod)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("vocab", [VOCAB, 100, 128])
+def test_ranks_hold_the_vocabulary_in_turn(
+    rank_of: Callable[[int, int], None], config: ResQConfig, size: int, vocab: int
+) -> None:
+    x = inputs()
+    shares = []
+    for rank in range(size):
+        rank_of(rank, size)
+        layer = loaded(config, vocab)
+        assert layer.num_embeddings_per_partition == 128 // size
+        shares.append(layer.quant_method.apply(layer, x, bias=None))
+    logits = torch.cat(shares, -1)
+    # Bit for bit: one run, no Hadamard.
+    assert torch.equal(logits[:, :vocab], expected(config, x, vocab))
+    # What vLLM padded up to a multiple of 64 is a plain 0, as with a 16-bit head.
+    assert torch.equal(logits[:, vocab:], torch.zeros(len(x), 128 - vocab))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_processor_cuts_the_padding_off(
+    rank_of: Callable[[int, int], None], config: ResQConfig, dtype: torch.dtype
+) -> None:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    rank_of(0, 1)
+    layer, x = loaded(config), inputs().to(dtype)
+    processor = LogitsProcessor(VOCAB)
+    logits = processor(layer, x)
+    assert logits.shape == (5, VOCAB)
+    assert logits.dtype == dtype
+    assert torch.equal(logits, expected(config, x))
+    assert torch.equal(processor.get_top_tokens(layer, x), expected(config, x).argmax(-1))
+
+
+def test_bias_is_added(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+    rank_of(0, 1)
+    layer, x = loaded(config), inputs()
+    bias = torch.randn(128, generator=torch.Generator().manual_seed(3))
+    with_bias = layer.quant_method.apply(layer, x, bias)
+    torch.testing.assert_close(with_bias, layer.quant_method.apply(layer, x) + bias)
+
+
+def test_no_token_and_one_token(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+    rank_of(0, 1)
+    layer, x = loaded(config), inputs()
+    assert layer.quant_method.apply(layer, x[:0]).shape == (0, 128)
+    assert torch.equal(layer.quant_method.apply(layer, x[3:4])[:, :VOCAB], expected(config, x)[3:4])
+
+
+def test_checkpoint_tensors_are_freed(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+    rank_of(0, 1)
+    layer = loaded(config)
+    found = {name: parameter.nbytes for name, parameter in layer.named_parameters()}
+    assert found == {"packed_weight": 128 * HIDDEN, "weight_scales": 2 * 128 * 4, "weight_sums": 128 * 4}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_tensor_is_named(rank_of: Callable[[int, int], None], config: ResQConfig, name: str) -> None:
+    rank_of(0, 1)
+    layer = head_of(config)
+    load(layer, {key: tensor for key, tensor in stored().items() if key != name})
+    with pytest.raises(ResQError, match=rf"the checkpoint lacks all or part of lm_head.{name}; quantize"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_tensor_of_the_wrong_shape_or_type_is_named(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+    rank_of(0, 1)
+    layer = head_of(config)
+    with pytest.raises(ResQError, match=r"lm_head.weight_high has shape \(95, 128\) in the checkpoint"):
+        load(layer, {"weight_high": torch.zeros(VOCAB - 1, HIDDEN, dtype=torch.int8)})
+    with pytest.raises(ResQError, match=r"lm_head.weight_high has shape \(96, 256\) in the checkpoint"):
+        load(layer, {"weight_high": torch.zeros(VOCAB, 2 * HIDDEN, dtype=torch.int8)})
+    with pytest.raises(ResQError, match=r"lm_head.weight_high is torch.bfloat16 in the checkpoint"):
+        load(layer, {"weight_high": torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16)})
+
+
+def test_tied_embedding_is_refused(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+    rank_of(0, 1)
+    with pytest.raises(ResQError, match="lm_head: an 8-bit lm_head cannot share the embedding's weights"):
+        head_of(config).tie_weights(torch.nn.Module())
+
+
+def test_dummy_weights_give_finite_logits(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+    from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+
+    rank_of(0, 1)
+    vllm_config = VllmConfig(device_config=DeviceConfig(device="cpu"), load_config=LoadConfig(load_format="dummy"))
+    with set_current_vllm_config(vllm_config):
+        layer = head_of(config)
+    for parameter in layer.parameters():
+        initialize_single_dummy_weight(parameter)
+    layer.quant_method.process_weights_after_loading(layer)
+    y = layer.quant_method.apply(layer, inputs(64))
+    assert torch.isfinite(y).all()
+    assert 0.3 < float(y.std()) < 3.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "words"),
+    [
+        ({"format_version": 3, "lm_head_bits": 8}, torch.bfloat16, "linear none; lm_head W8A8; KV"),
+        ({}, torch.bfloat16, "linear none; lm_head bf16; KV"),
+        ({}, torch.float32, "linear none; lm_head float32; KV"),
+    ],
+)
+def test_start_up_line_says_how_the_head_is_kept(
+    rank_of: Callable[[int, int], None],
+    default_dtype: Callable[[torch.dtype], None],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    dtype: torch.dtype,
+    words: str,
+) -> None:
+    rank_of(0, 1)
+    default_dtype(dtype)
+    config = ResQConfig.from_config(quantization_config(**changes))
+    head_of(config)
+    default_dtype(torch.float64)
+    config.get_quant_method(head_of(config), "lm_head")
+    lines: list[tuple[int, str]] = []
+    monkeypatch.setattr(linear_module, "log_once", lambda level, message: lines.append((level, message)))
+    linear_module.report(config)
+    assert [level for level, _ in lines] == [logging.INFO]
+    assert words in lines[0][1]
+
+
+def test_float_names() -> None:
+    assert [float_name(d) for d in (torch.bfloat16, torch.float16, torch.float32)] == ["bf16", "float16", "float32"]
+
+
+def test_sixteen_bit_checkpoint_has_no_such_method() -> None:
+    with pytest.raises(ResQError, match="lm_head is in 16 bits in this checkpoint"):
+        ResQLMHeadMethod(ResQConfig.from_config(quantization_config()))
