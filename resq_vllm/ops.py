@@ -29,7 +29,7 @@ _RUN_MULTIPLE = 8
 
 # --- kernels' instruction set -----------------------------------------------------------------------------------------
 def isa() -> str:
-    """Which kernels run: "avx512_vnni", "avx2" or "portable"; the environment variable RESQ_ISA forces one.
+    """Which kernels run: "amx_int8", "avx512_vnni", "avx2" or "portable"; the environment variable RESQ_ISA forces one.
 
     Raises ResQError when RESQ_ISA names an unknown set, or one that this machine lacks.
     """

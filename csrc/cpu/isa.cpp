@@ -1,5 +1,13 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -12,22 +20,42 @@ struct Candidate {
   const Kernels* kernels;  // null: this machine lacks it
 };
 
-constexpr int kCandidates = 3;
+constexpr int kCandidates = 4;
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
+}
+
+// The processor has AMX for int8, and the kernel lets this process (all of its threads) use the 8 KiB of tile state.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // CPUID leaf 7, EDX
+  constexpr int kRequestPermission = 0x1023;              // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;                           // XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kInt8) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Best first; every known name is listed on every machine, so that a typo and a missing feature read differently.
 const Candidate* candidates() {
   static const Candidate list[kCandidates] = {
 #if defined(__x86_64__)
-      {"avx512_vnni", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2")
-                          ? &kAvx512Kernels
-                          : nullptr},
+      {"amx_int8", has_amx() ? &kAmxKernels : nullptr},
+      {"avx512_vnni", has_avx512() ? &kAvx512Kernels : nullptr},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                        __builtin_cpu_supports("bmi2")
                    ? &kAvx2Kernels
                    : nullptr},
 #else
+      {"amx_int8", nullptr},
       {"avx512_vnni", nullptr},
       {"avx2", nullptr},
 #endif

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with VNNI. The pragma comes after the standard headers, so that their inline functions keep
+// The kernels for AVX-512 with VNNI, and the same with the linear layer on AMX tiles. The pragma comes after the standard headers, so that their inline functions keep
 // the baseline instruction set, and before <immintrin.h>, whose intrinsics need the wider one.
 #if defined(__x86_64__)
 #include <cstddef>
@@ -8,18 +8,27 @@
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                        \
-    __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), \
+    __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")
 #endif
 #include <immintrin.h>
 #define RESQ_TU_AVX512
+#include "simd/amx_int8.h"
 #include "simd/table.h"
 
 namespace resq {
 constexpr Kernels kAvx512Table = make_kernels("avx512_vnni");
 const Kernels kAvx512Kernels = kAvx512Table;
+
+constexpr Kernels with_tiles(Kernels table) {
+  table.name = "amx_int8";
+  table.linear = linear_tiles;
+  return table;
+}
+constexpr Kernels kAmxTable = with_tiles(kAvx512Table);
+const Kernels kAmxKernels = kAmxTable;
 }  // namespace resq
 #if defined(__clang__)
 #pragma clang attribute pop

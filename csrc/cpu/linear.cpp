@@ -13,10 +13,14 @@ constexpr int64_t kPanelRows = 256;      // rows quantized and multiplied togeth
 constexpr int64_t kInlineColumns = 8192; // rows·columns up to which every thread quantizes for itself
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowTile = 6;          // rows of a micro-kernel
+constexpr int64_t kRowPadding = 15;      // rows that tiles read past the last one, whatever they hold
+
+// An odd number of cache lines from row to row: the 16 rows of a tile at a stride of 4 KiB would share one cache set.
+int64_t code_stride(const PlanView& plan) { return plan.padded_columns | 64; }
 
 // Codes and their scalars for `rows` rows, in one scratch buffer.
 int64_t activation_bytes(const PlanView& plan, int64_t rows) {
-  return rows * (plan.padded_columns + plan.n_groups * 8 + plan.n_runs * 4) + 3 * 64;
+  return (rows + kRowPadding) * code_stride(plan) + rows * (plan.n_groups * 8 + plan.n_runs * 4) + 3 * 64;
 }
 
 void place_activation(QuantizeArgs& quantize, LinearArgs& args, int64_t rows, Slot slot) {
@@ -31,7 +35,7 @@ void place_activation(QuantizeArgs& quantize, LinearArgs& args, int64_t rows, Sl
   quantize.zero = reinterpret_cast<int32_t*>(take(rows * plan.n_groups * 4));
   quantize.sums = reinterpret_cast<int32_t*>(take(rows * plan.n_runs * 4));
   quantize.codes = at;
-  quantize.code_stride = plan.padded_columns;
+  quantize.code_stride = code_stride(plan);
   args.scale = quantize.scale;
   args.zero = quantize.zero;
   args.sums = quantize.sums;

@@ -8,6 +8,7 @@ namespace resq {
 namespace {
 
 constexpr int64_t kRunMultiple = 8;  // columns: one 32-bit word of nibbles per output
+constexpr int64_t kRunAlignment = 64; // bytes of a run's activations: rows of AMX tiles, which are read whole
 
 void check(bool ok, const std::string& sentence) {
   if (!ok) throw std::runtime_error(sentence);
@@ -57,7 +58,7 @@ void place_runs(LinearPlan& plan) {
     run.padded = (run.length + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
     run.activation_at = plan.padded_columns;
     run.weight_at = plan.superblock_bytes;
-    plan.padded_columns += run.padded;
+    plan.padded_columns += (run.padded + kRunAlignment - 1) / kRunAlignment * kRunAlignment;
     plan.superblock_bytes += kSuperblock * run.padded / (run.nibbles ? 2 : 1);
   }
   for (SegmentPlace& s : plan.segments) {

@@ -18,7 +18,7 @@ from resq_vllm.hadamard import hadamard_matrix
 
 def _machine_isas() -> list[str]:
     names = []
-    for name in ("avx512_vnni", "avx2", "portable"):
+    for name in ("amx_int8", "avx512_vnni", "avx2", "portable"):
         try:
             names.append(ops.set_isa(name))
         except ResQError:

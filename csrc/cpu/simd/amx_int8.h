@@ -1,0 +1,281 @@
+// The integer GEMM of one superblock on AMX tiles, for enough rows that unpacking the weights once pays.
+//
+// A tile of the packed weight holds 16 columns x 64 k as TDPBSUD wants its unsigned operand: row i is k-group i (4 k),
+// word n is column n. The packed layout has just these words with two k-groups a byte, so a stretch of kDepth columns is
+// unpacked into a scratch that stays in the L1 cache, and every row of the panel is multiplied with it. The tile unit
+// runs beside the vector ports, so the next stretch is unpacked in small portions between the tile products.
+//
+// Offsets and the float epilogue are those of gemm_int8.h: results are equal bit for bit.
+#pragma once
+
+#include "gemm_int8.h"
+
+namespace resq {
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileDepth = 64;                         // k of a tile product
+constexpr int64_t kStretchTiles = 4;                       // tile products before the next stretch of k
+constexpr int64_t kDepth = kStretchTiles * kTileDepth;     // 2 stretches x 64 columns x 256 k = 32 of 48 KiB
+constexpr int64_t kStretchBytes = kDepth * kSuperblock;
+
+// Rows from which tiles are faster than unpacking in registers.
+constexpr int64_t kTileFromRows = 5;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The calling thread's tile unit, configured: another library may have left its own configuration. Released at the
+// end, so that context switches do not save 8 KiB of tiles.
+struct TileUnit {
+  TileUnit() {
+    static constexpr TileConfig config;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~TileUnit() { asm volatile("tilerelease"); }
+};
+
+// Own wrappers: g++'s do not tell the compiler that memory is read, and a clobber here would pin the unpacking.
+// `memory_fence` stands where scratch changes hands.
+RESQ_INLINE void memory_fence() { asm volatile("" ::: "memory"); }
+template <int T>
+RESQ_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+RESQ_INLINE void tile_load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride));
+}
+template <int T>
+RESQ_INLINE void tile_store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(p), "r"(stride) : "memory");
+}
+// tile C += signed A · unsigned B
+template <int C, int A, int B>
+RESQ_INLINE void tile_dot() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// A stretch of one run: up to kDepth columns.
+struct Stretch {
+  int64_t run = -1, k = 0, tiles = 0;
+  bool first = true, last = true;  // of its run
+};
+
+// Walks the stretches of a superblock and unpacks them, portion by portion.
+struct Unpacker {
+  const PlanView& plan;
+  const uint8_t* weights;
+  Stretch at;
+  const uint8_t* from = nullptr;
+  uint8_t* to = nullptr;
+  int64_t row = 0, rows = 0;  // k-groups done, and to do (a pair of them where weights are nibbles)
+  bool nibbles = false;
+
+  // The stretch after `at` becomes current, to be unpacked into `scratch`; false after the last one.
+  bool next(uint8_t* scratch) {
+    const bool same = at.run >= 0 && !at.last;
+    at.k = same ? at.k + kDepth : 0;
+    at.run += same ? 0 : 1;
+    if (at.run == plan.n_runs) return false;
+    const RunPlace& run = plan.runs[at.run];
+    const int64_t columns = min(kDepth, run.padded - at.k);
+    at.first = at.k == 0;
+    at.last = at.k + columns == run.padded;
+    at.tiles = (columns + kTileDepth - 1) / kTileDepth;
+    nibbles = run.nibbles;
+    from = weights + run.weight_at + at.k * kSuperblock / (nibbles ? 2 : 1);
+    to = scratch;
+    row = 0;
+    rows = columns / 4;
+    // The last product takes whole tiles: rows past the run's end are zero.
+    for (int64_t i = rows; i < at.tiles * kTileRows; ++i)
+      for (int64_t c = 0; c < 4; ++c) _mm512_store_si512(place(i, c), _mm512_setzero_si512());
+    return true;
+  }
+
+  RESQ_INLINE uint8_t* place(int64_t i, int64_t c) const { return to + (i / kTileRows * 4 + c) * 1024 + i % kTileRows * 64; }
+
+  // Two k-groups of all 64 columns.
+  RESQ_INLINE void pair() {
+    uint8_t* first = place(row, 0);
+    if (nibbles) {
+      const __m512i mask = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < 4; ++c) {
+        const __m512i both = _mm512_loadu_si512(from + c * 64);
+        _mm512_store_si512(first + c * 1024, _mm512_and_si512(both, mask));
+        _mm512_store_si512(first + c * 1024 + 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
+      }
+      from += 256;
+    } else {
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < 4; ++c) {
+        _mm512_store_si512(first + c * 1024, _mm512_loadu_si512(from + c * 64));
+        _mm512_store_si512(first + c * 1024 + 64, _mm512_loadu_si512(from + 256 + c * 64));
+      }
+      from += 512;
+    }
+    row += 2;
+  }
+
+  RESQ_INLINE void advance(int64_t pairs) {
+    for (; pairs > 0 && row < rows; --pairs) pair();
+  }
+};
+
+// acc[32][64] (+)= A · B for 2 row tiles, 32 columns at a time.
+RESQ_INLINE void multiply_two(const int8_t* a, int64_t lda, const uint8_t* b, const Stretch& stretch, int32_t* acc,
+                              Unpacker& unpacker, int64_t pairs) {
+  constexpr int64_t stride = kSuperblock * 4;
+  for (int64_t half = 0; half < 2; ++half) {
+    int32_t* c = acc + half * 32;
+    int32_t* d = c + kTileRows * kSuperblock;
+    if (stretch.first) {
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+    } else {
+      tile_load<0>(c, stride);
+      tile_load<1>(c + 16, stride);
+      tile_load<2>(d, stride);
+      tile_load<3>(d + 16, stride);
+    }
+    for (int64_t t = 0; t < stretch.tiles; ++t) {
+      const uint8_t* p = b + (t * 4 + half * 2) * 1024;
+      tile_load<6>(p, 64);
+      tile_load<4>(a + t * kTileDepth, lda);
+      tile_dot<0, 4, 6>();
+      tile_load<7>(p + 1024, 64);
+      tile_dot<1, 4, 7>();
+      tile_load<5>(a + kTileRows * lda + t * kTileDepth, lda);
+      tile_dot<2, 5, 6>();
+      tile_dot<3, 5, 7>();
+      unpacker.advance(pairs);
+    }
+    tile_store<0>(c, stride);
+    tile_store<1>(c + 16, stride);
+    tile_store<2>(d, stride);
+    tile_store<3>(d + 16, stride);
+  }
+}
+
+// acc[16][64] (+)= A · B for a single row tile.
+RESQ_INLINE void multiply_one(const int8_t* a, int64_t lda, const uint8_t* b, const Stretch& stretch, int32_t* acc,
+                              Unpacker& unpacker, int64_t pairs) {
+  constexpr int64_t stride = kSuperblock * 4;
+  if (stretch.first) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  } else {
+    tile_load<0>(acc, stride);
+    tile_load<1>(acc + 16, stride);
+    tile_load<2>(acc + 32, stride);
+    tile_load<3>(acc + 48, stride);
+  }
+  for (int64_t t = 0; t < stretch.tiles; ++t) {
+    const uint8_t* p = b + t * 4096;
+    tile_load<4>(a + t * kTileDepth, lda);
+    tile_load<5>(p, 64);
+    tile_dot<0, 4, 5>();
+    tile_load<6>(p + 1024, 64);
+    tile_dot<1, 4, 6>();
+    tile_load<7>(p + 2048, 64);
+    tile_dot<2, 4, 7>();
+    tile_load<5>(p + 3072, 64);
+    tile_dot<3, 4, 5>();
+    unpacker.advance(pairs);
+  }
+  tile_store<0>(acc, stride);
+  tile_store<1>(acc + 16, stride);
+  tile_store<2>(acc + 32, stride);
+  tile_store<3>(acc + 48, stride);
+}
+
+// A run's weight scales and sums for 64 columns, zero past the last one.
+struct RunColumns {
+  alignas(64) float scale[kSuperblock];
+  alignas(64) int32_t sum[kSuperblock];
+
+  RunColumns(const LinearArgs& args, int64_t r, int64_t column, int64_t n) {
+    const float* scales = args.weight_scale + args.plan.runs[r].scale_row * args.n + column;
+    const int32_t* sums = args.weight_sum + r * args.n + column;
+    for (int64_t j = 0; j < kSuperblock; ++j) {
+      scale[j] = j < n ? scales[j] : 0.0f;
+      sum[j] = j < n ? sums[j] : 0;
+    }
+  }
+};
+
+void finish_run(const LinearArgs& args, int64_t r, const RunColumns& columns, int64_t row, int64_t rows,
+                const int32_t* acc, float* y) {
+  const PlanView& plan = args.plan;
+  const RunPlace& run = plan.runs[r];
+  const int32_t offset = code_offset(plan.group_bits[run.group]), weight_offset = run.nibbles ? 8 : 128;
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t at = (row + m) * plan.n_groups + run.group;
+    const int32_t start = -weight_offset * args.sums[(row + m) * plan.n_runs + r];
+    accumulate_run(acc + m * kSuperblock, columns.sum, columns.scale, kSuperblock, start, args.zero[at] - offset,
+                   args.scale[at], r == 0, y + m * kSuperblock);
+  }
+}
+
+void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
+  if (end - begin < kTileFromRows) {
+    linear_superblock(args, superblock, begin, end);
+    return;
+  }
+  const PlanView& plan = args.plan;
+  const int64_t column = superblock * kSuperblock, n = min(kSuperblock, args.n - column);
+  const int64_t rows = end - begin, padded_rows = round_up(rows, kTileRows);
+  uint8_t* scratch = static_cast<uint8_t*>(
+      thread_scratch(Slot::tiles, 2 * kStretchBytes + 2 * padded_rows * kSuperblock * 4));
+  int32_t* acc = reinterpret_cast<int32_t*>(scratch + 2 * kStretchBytes);
+  float* y = reinterpret_cast<float*>(acc + padded_rows * kSuperblock);
+  // Tile products per column of tiles in a stretch, to spread the unpacking over them.
+  const int64_t visits = padded_rows / (2 * kTileRows) * 2 + padded_rows / kTileRows % 2;
+
+  const TileUnit unit;
+  Unpacker unpacker{plan, args.packed + superblock * plan.superblock_bytes, {}};
+  unpacker.next(scratch);
+  unpacker.advance(kDepth);
+  int64_t turn = 0;
+  for (bool more = true; more;) {
+    const Stretch stretch = unpacker.at;
+    const uint8_t* b = scratch + turn * kStretchBytes;
+    turn ^= 1;
+    more = unpacker.next(scratch + turn * kStretchBytes);
+    const int64_t portions = visits * stretch.tiles;
+    const int64_t pairs = more ? (unpacker.rows / 2 + portions - 1) / portions : 0;
+    const int8_t* a = args.codes + begin * args.code_stride + plan.runs[stretch.run].activation_at + stretch.k;
+    memory_fence();
+    const RunColumns columns(args, stretch.run, column, n);
+    for (int64_t row = 0; row < rows;) {
+      const bool two = padded_rows - row > kTileRows;
+      int32_t* sums = acc + row * kSuperblock;
+      (two ? multiply_two : multiply_one)(a + row * args.code_stride, args.code_stride, b, stretch, sums, unpacker, pairs);
+      const int64_t step = min(rows - row, two ? 2 * kTileRows : kTileRows);
+      if (stretch.last) finish_run(args, stretch.run, columns, begin + row, step, sums, y + row * kSuperblock);
+      row += step;
+    }
+    unpacker.advance(more ? kDepth : 0);
+  }
+
+  float bias[kSuperblock];
+  if (args.bias) load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias);
+  for (int64_t m = 0; m < rows; ++m) {
+    float* sum = y + m * kSuperblock;
+    if (args.bias)
+      for (int64_t j = 0; j < n; ++j) sum[j] += bias[j];
+    store_row(sum, args.out_dtype, n, element(args.out, args.out_dtype, (begin + m) * args.out_stride + column));
+  }
+}
+
+}  // namespace
+}  // namespace resq
