@@ -198,33 +198,66 @@ RESQ_INLINE void multiply_one(const int8_t* a, int64_t lda, const uint8_t* b, co
   tile_store<3>(acc + 48, stride);
 }
 
-// A run's weight scales and sums for 64 columns, zero past the last one.
-struct RunColumns {
-  alignas(64) float scale[kSuperblock];
-  alignas(64) int32_t sum[kSuperblock];
+// The float epilogue of a superblock's runs.
+struct Epilogue {
+  const LinearArgs& args;
+  int64_t column, n;
+  alignas(64) float bias[kSuperblock] = {};
+  // Of the current run, zero past the last column.
+  alignas(64) float weight_scale[kSuperblock] = {};
+  alignas(64) int32_t weight_sum[kSuperblock] = {};
 
-  RunColumns(const LinearArgs& args, int64_t r, int64_t column, int64_t n) {
-    const float* scales = args.weight_scale + args.plan.runs[r].scale_row * args.n + column;
-    const int32_t* sums = args.weight_sum + r * args.n + column;
-    for (int64_t j = 0; j < kSuperblock; ++j) {
-      scale[j] = j < n ? scales[j] : 0.0f;
-      sum[j] = j < n ? sums[j] : 0;
+  Epilogue(const LinearArgs& a, int64_t superblock)
+      : args(a), column(superblock * kSuperblock), n(min(kSuperblock, a.n - column)) {
+    if (args.bias) load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias);
+  }
+
+  void take_run(int64_t r) {
+    const size_t bytes = static_cast<size_t>(n) * 4;
+    __builtin_memcpy(weight_scale, args.weight_scale + args.plan.runs[r].scale_row * args.n + column, bytes);
+    __builtin_memcpy(weight_sum, args.weight_sum + r * args.n + column, bytes);
+  }
+
+  RESQ_INLINE void* out(int64_t row) const { return element(args.out, args.out_dtype, row * args.out_stride + column); }
+
+  // The lines of a row's output are fetched while the tiles work: consecutive rows lie pages apart.
+  void fetch(int64_t row, int64_t rows) const {
+    for (int64_t m = row; m < row + rows; ++m) {
+      __builtin_prefetch(out(m), 1);
+      __builtin_prefetch(static_cast<uint8_t*>(out(m)) + n * dtype_size(args.out_dtype) - 1, 1);
+    }
+  }
+
+  // y of rows [row, row + rows) (+)= run r, whose raw products are `acc`; the last run's go to the output.
+  void finish(int64_t r, int64_t row, int64_t rows, const int32_t* acc, float* y) const {
+    const PlanView& plan = args.plan;
+    const RunPlace& run = plan.runs[r];
+    const int32_t offset = code_offset(plan.group_bits[run.group]), weight_offset = run.nibbles ? 8 : 128;
+    const bool first = r == 0, last = r + 1 == plan.n_runs, has_bias = args.bias;
+    const bool direct = args.out_dtype == DType::bf16 && n == kSuperblock;
+    for (int64_t m = row; m < row + rows; ++m, acc += kSuperblock, y += kSuperblock) {
+      const int64_t at = m * plan.n_groups + run.group;
+      // Modulo 2^32: partial results may leave int32 before the last term brings them back.
+      const VU start = (VU)splat(-weight_offset * args.sums[m * plan.n_runs + r]);
+      const VU zero = (VU)splat(args.zero[at] - offset);
+      const VF scale = splat(args.scale[at]);
+      uint16_t* to = static_cast<uint16_t*>(out(m));
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kSuperblock; j += W) {
+        const VU exact = load_words(acc + j) + start - load_words(weight_sum + j) * zero;
+        VF sum = to_float((VI)exact) * (load(weight_scale + j) * scale);
+        if (!first) sum = load(y + j) + sum;
+        if (last && has_bias) sum = sum + load(bias + j);
+        if (last && direct) {
+          store_bfloat(to + j, sum);
+        } else {
+          store(y + j, sum);
+        }
+      }
+      if (last && !direct) store_row(y, args.out_dtype, n, to);
     }
   }
 };
-
-void finish_run(const LinearArgs& args, int64_t r, const RunColumns& columns, int64_t row, int64_t rows,
-                const int32_t* acc, float* y) {
-  const PlanView& plan = args.plan;
-  const RunPlace& run = plan.runs[r];
-  const int32_t offset = code_offset(plan.group_bits[run.group]), weight_offset = run.nibbles ? 8 : 128;
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t at = (row + m) * plan.n_groups + run.group;
-    const int32_t start = -weight_offset * args.sums[(row + m) * plan.n_runs + r];
-    accumulate_run(acc + m * kSuperblock, columns.sum, columns.scale, kSuperblock, start, args.zero[at] - offset,
-                   args.scale[at], r == 0, y + m * kSuperblock);
-  }
-}
 
 void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
   if (end - begin < kTileFromRows) {
@@ -232,7 +265,6 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int
     return;
   }
   const PlanView& plan = args.plan;
-  const int64_t column = superblock * kSuperblock, n = min(kSuperblock, args.n - column);
   const int64_t rows = end - begin, padded_rows = round_up(rows, kTileRows);
   uint8_t* scratch = static_cast<uint8_t*>(
       thread_scratch(Slot::tiles, 2 * kStretchBytes + 2 * padded_rows * kSuperblock * 4));
@@ -243,6 +275,7 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int
 
   const TileUnit unit;
   Unpacker unpacker{plan, args.packed + superblock * plan.superblock_bytes, {}};
+  Epilogue epilogue(args, superblock);
   unpacker.next(scratch);
   unpacker.advance(kDepth);
   int64_t turn = 0;
@@ -255,25 +288,19 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int
     const int64_t pairs = more ? (unpacker.rows / 2 + portions - 1) / portions : 0;
     const int8_t* a = args.codes + begin * args.code_stride + plan.runs[stretch.run].activation_at + stretch.k;
     memory_fence();
-    const RunColumns columns(args, stretch.run, column, n);
+    if (stretch.first) epilogue.take_run(stretch.run);
+    const bool fetch = stretch.first && stretch.run + 1 == plan.n_runs;
     for (int64_t row = 0; row < rows;) {
       const bool two = padded_rows - row > kTileRows;
-      int32_t* sums = acc + row * kSuperblock;
+      // Where a stretch is the whole run, its sums live from here to the epilogue only, in the L1 cache.
+      int32_t* sums = acc + (stretch.first && stretch.last ? 0 : row * kSuperblock);
       (two ? multiply_two : multiply_one)(a + row * args.code_stride, args.code_stride, b, stretch, sums, unpacker, pairs);
       const int64_t step = min(rows - row, two ? 2 * kTileRows : kTileRows);
-      if (stretch.last) finish_run(args, stretch.run, columns, begin + row, step, sums, y + row * kSuperblock);
+      if (fetch) epilogue.fetch(begin + row, step);
+      if (stretch.last) epilogue.finish(stretch.run, begin + row, step, sums, y + row * kSuperblock);
       row += step;
     }
     unpacker.advance(more ? kDepth : 0);
-  }
-
-  float bias[kSuperblock];
-  if (args.bias) load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias);
-  for (int64_t m = 0; m < rows; ++m) {
-    float* sum = y + m * kSuperblock;
-    if (args.bias)
-      for (int64_t j = 0; j < n; ++j) sum[j] += bias[j];
-    store_row(sum, args.out_dtype, n, element(args.out, args.out_dtype, (begin + m) * args.out_stride + column));
   }
 }
 

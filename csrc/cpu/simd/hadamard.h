@@ -15,7 +15,7 @@ template <int H>
 RESQ_INLINE VF butterfly(VF v) {
   VF sign;
   for (int i = 0; i < W; ++i) sign[i] = i & H ? -1.0f : 1.0f;
-  return swap_lanes<H>(v) + v * sign;
+  return fma(v, sign, swap_lanes<H>(v));  // v·(±1) is exact: rounds as an addition does
 }
 
 template <int H>
@@ -28,19 +28,48 @@ RESQ_INLINE VF butterflies_below(VF v, int64_t width) {
   }
 }
 
+// All stages of a stretch of V vectors, in registers.
+template <int V>
+RESQ_INLINE void butterflies_in_registers(float* x) {
+  VF v[V];
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) v[i] = butterflies_below<1>(load(x + i * W), W);
+#pragma GCC unroll 4
+  for (int step = 1; step < V; step *= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) {
+      if (i & step) continue;
+      const VF a = v[i], b = v[i + step];
+      v[i] = a + b;
+      v[i + step] = a - b;
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) store(x + i * W, v[i]);
+}
+
 // Walsh-Hadamard transform (Sylvester order, not normalised) of every stretch of `width` floats; width divides total.
 void walsh_hadamard(float* x, int64_t total, int64_t width) {
-  int64_t i = 0;
+  int64_t i = 0, step = W;
+  if (width >= 8 * W) {
+    step = 8 * W;
+    for (; i < total; i += step) butterflies_in_registers<8>(x + i);
+  } else if (width == 4 * W) {
+    step = width;
+    for (; i < total; i += step) butterflies_in_registers<4>(x + i);
+  } else if (width == 2 * W) {
+    step = width;
+    for (; i < total; i += step) butterflies_in_registers<2>(x + i);
+  }
   for (; i + W <= total; i += W) store(x + i, butterflies_below<1>(load(x + i), width));
   // A tail shorter than a vector holds whole stretches, since both are powers of two apart from their number.
-  for (int64_t step = 1; step < width && step < W && i < total; step *= 2)
-    for (int64_t j = i; j < total; j += 2 * step)
-      for (int64_t l = j; l < j + step; ++l) {
-        const float a = x[l], b = x[l + step];
+  for (int64_t near = 1; near < width && near < W && i < total; near *= 2)
+    for (int64_t j = i; j < total; j += 2 * near)
+      for (int64_t l = j; l < j + near; ++l) {
+        const float a = x[l], b = x[l + near];
         x[l] = a + b;
-        x[l + step] = a - b;
+        x[l + near] = a - b;
       }
-  for (int64_t step = W; step < width; step *= 2)
+  for (; step < width; step *= 2)
     for (int64_t j = 0; j < total; j += 2 * step)
       for (int64_t l = j; l < j + step; l += W) {
         const VF a = load(x + l), b = load(x + l + step);
@@ -55,9 +84,11 @@ void divide(float* x, int64_t n, float divisor) {
   for (; i < n; ++i) x[i] /= divisor;
 }
 
+RESQ_INLINE float hadamard_root(int64_t n) { return static_cast<float>(__builtin_sqrt(static_cast<double>(n))); }
+
 // In place on `blocks` neighbouring blocks of n floats.
 void hadamard_blocks(float* x, int64_t blocks, int64_t n, int64_t k, const float* dense) {
-  const float root = static_cast<float>(__builtin_sqrt(static_cast<double>(n)));
+  const float root = hadamard_root(n);
   if (k == 1) {
     walsh_hadamard(x, blocks * n, n);
     divide(x, blocks * n, root);

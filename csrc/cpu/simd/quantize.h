@@ -5,6 +5,9 @@
 #pragma once
 
 #include "hadamard.h"
+#if defined(RESQ_TU_AVX512)
+#include "quantize_avx512.h"
+#endif
 
 namespace resq {
 namespace {
@@ -13,15 +16,27 @@ namespace {
 RESQ_INLINE int32_t code_offset(int32_t bits) { return bits == 8 ? 128 : 0; }
 
 RESQ_INLINE void widen_range(const float* x, int64_t n, float& low, float& high) {
-  VF lows = splat(low), highs = splat(high);
+  // Four chains each: an extremum every 4 cycles would leave the ports idle.
+  VF lows[4], highs[4];
+  for (int c = 0; c < 4; ++c) {
+    lows[c] = splat(low);
+    highs[c] = splat(high);
+  }
   int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const VF v = load(x + i + c * W);
+      lows[c] = min(lows[c], v);
+      highs[c] = max(highs[c], v);
+    }
   for (; i + W <= n; i += W) {
     const VF v = load(x + i);
-    lows = min(lows, v);
-    highs = max(highs, v);
+    lows[0] = min(lows[0], v);
+    highs[0] = max(highs[0], v);
   }
-  low = reduce_min(lows);
-  high = reduce_max(highs);
+  low = reduce_min(min(min(lows[0], lows[1]), min(lows[2], lows[3])));
+  high = reduce_max(max(max(highs[0], highs[1]), max(highs[2], highs[3])));
   for (; i < n; ++i) {
     low = min(low, x[i]);
     high = max(high, x[i]);
@@ -50,6 +65,29 @@ RESQ_INLINE int32_t quantize_span(const float* x, int64_t n, float scale, int32_
   return sum;
 }
 
+#if !defined(RESQ_TU_AVX512)
+constexpr bool kFastQuotients = false;
+#endif
+
+// quantize_span of x / root, which leaves x changed where root is not 1.
+RESQ_INLINE int32_t quantize_segment(float* x, int64_t n, float root, float scale, int32_t zero, int32_t levels,
+                                     int32_t offset, int8_t* codes) {
+#if defined(RESQ_TU_AVX512)
+  if (Divisor::exact(scale)) {
+    const int64_t done = n / 64 * 64;
+    int32_t sum = root == 1.0f ? quantize_fast<false>(x, done, root, scale, zero, levels, offset, codes)
+                               : quantize_fast<true>(x, done, root, scale, zero, levels, offset, codes);
+    if (done < n) {
+      if (root != 1.0f) divide(x + done, n - done, root);
+      sum += quantize_span(x + done, n - done, scale, zero, levels, offset, codes + done);
+    }
+    return sum;
+  }
+#endif
+  if (root != 1.0f) divide(x, n, root);
+  return quantize_span(x, n, scale, zero, levels, offset, codes);
+}
+
 // Blocks [block_begin, block_end) of one row.
 void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin, int64_t block_end) {
   const PlanView& plan = args.plan;
@@ -58,9 +96,16 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
   const int64_t column = first->column, columns = last->column + last->columns - column;
   float* x = static_cast<float*>(thread_scratch(Slot::activation_row, columns * 4));
   load_row(element(args.x, args.dtype, row * args.row_stride + column), args.dtype, columns, x);
+  // The transform's division by the root is left to the quantization where that can do it faster.
+  float root = 1.0f;
   if (args.hadamard.groups) {
     const int64_t n = plan.columns / args.hadamard.groups;
-    hadamard_blocks(x, columns / n, n, args.hadamard.k, args.hadamard.dense);
+    if (kFastQuotients && args.hadamard.k == 1) {
+      root = hadamard_root(n);
+      walsh_hadamard(x, columns, n);
+    } else {
+      hadamard_blocks(x, columns / n, n, args.hadamard.k, args.hadamard.dense);
+    }
   }
 
   float* low = static_cast<float*>(thread_scratch(Slot::group_range, plan.n_groups * 8));
@@ -74,6 +119,8 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
     widen_range(x + (s->column - column), s->columns, low[s->group], high[s->group]);
   for (int64_t i = 0; i < n_groups; ++i) {
     const int32_t g = groups[i];
+    low[g] /= root;  // division is monotonic: the extrema stay the extrema
+    high[g] /= root;
     const float step = (high[g] - low[g]) / static_cast<float>((1 << plan.group_bits[g]) - 1);
     scale[g] = step == 0.0f ? 1.0f : step;
     zero[g] = round_to_int(-low[g] / scale[g]);
@@ -85,13 +132,12 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
     for (const SegmentPlace* s = first; s <= last; ++s) sums[s->run] = 0;
   for (const SegmentPlace* s = first; s <= last; ++s) {
     const int32_t g = s->group, bits = plan.group_bits[g];
-    const float* from = x + (s->column - column);
-    const int32_t levels = (1 << bits) - 1;
-    if (args.column_order) {
-      quantize_span(from, s->columns, scale[g], zero[g], levels, 0, codes + s->column);
-    } else {
-      sums[s->run] += quantize_span(from, s->columns, scale[g], zero[g], levels, code_offset(bits), codes + s->at);
-      __builtin_memset(codes + s->at + s->columns, 0, static_cast<size_t>(s->pad));
+    const int32_t levels = (1 << bits) - 1, offset = args.column_order ? 0 : code_offset(bits);
+    int8_t* to = codes + (args.column_order ? s->column : s->at);
+    const int32_t sum = quantize_segment(x + (s->column - column), s->columns, root, scale[g], zero[g], levels, offset, to);
+    if (sums) {
+      sums[s->run] += sum;
+      __builtin_memset(to + s->columns, 0, static_cast<size_t>(s->pad));
     }
   }
 }

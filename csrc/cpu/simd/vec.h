@@ -34,8 +34,16 @@ RESQ_INLINE VF splat(float x) { return x - VF{}; }
 RESQ_INLINE VI splat(int32_t x) { return x - VI{}; }
 RESQ_INLINE VF to_float(VI v) { return __builtin_convertvector(v, VF); }
 
+#if defined(RESQ_TU_AVX512)
+RESQ_INLINE VF min(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }
+RESQ_INLINE VF max(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(RESQ_TU_AVX2)
+RESQ_INLINE VF min(VF a, VF b) { return (VF)_mm256_min_ps((__m256)a, (__m256)b); }
+RESQ_INLINE VF max(VF a, VF b) { return (VF)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 RESQ_INLINE VF min(VF a, VF b) { return a < b ? a : b; }
 RESQ_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
+#endif
 RESQ_INLINE VI min(VI a, VI b) { return a < b ? a : b; }
 RESQ_INLINE VI max(VI a, VI b) { return a > b ? a : b; }
 RESQ_INLINE float min(float a, float b) { return a < b ? a : b; }
