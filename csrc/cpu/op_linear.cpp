@@ -20,8 +20,8 @@ struct Rows {
 Rows rows_of(const Tensor& x, int64_t columns, const char* name) {
   const DType dtype = float_dtype(x, name);
   const int64_t last = x.dim() - 1;
-  check(last >= 0 && x.size(last) == columns,
-        std::string(name) + " must have shape [..., " + std::to_string(columns) + "], not " + shape_of(x));
+  if (last < 0 || x.size(last) != columns)
+    check(false, std::string(name) + " must have shape [..., " + std::to_string(columns) + "], not " + shape_of(x));
   int64_t count = 1;
   for (int64_t i = 0; i < last; ++i) count *= x.size(i);
   const bool plain = columns == 1 || x.stride(last) == 1;
@@ -37,8 +37,9 @@ Tensor empty(std::vector<int64_t> shape, ScalarType dtype, const Tensor& like) {
 HadamardArgs hadamard_args(int64_t groups, const std::optional<Tensor>& dense, int64_t columns) {
   HadamardArgs h{groups, 1, nullptr};
   if (!groups) return h;
-  check(groups > 0 && columns % groups == 0, "hadamard_groups = " + std::to_string(groups) + " does not divide " +
-                                                 std::to_string(columns) + " columns");
+  if (groups < 0 || columns % groups)
+    check(false, "hadamard_groups = " + std::to_string(groups) + " does not divide " + std::to_string(columns) +
+                     " columns");
   const int64_t n = columns / groups;
   if (dense) {
     check(dense->dim() == 2 && dense->size(0) == dense->size(1), "hadamard_k must be a square matrix");
@@ -48,9 +49,9 @@ HadamardArgs hadamard_args(int64_t groups, const std::optional<Tensor>& dense, i
     h.dense = static_cast<const float*>(dense->const_data_ptr());
   }
   const int64_t power = h.k > 0 && n % h.k == 0 ? n / h.k : 0;
-  check(power > 0 && (power & (power - 1)) == 0,
-        "a Hadamard block of " + std::to_string(n) + " columns is not hadamard_k's order " + std::to_string(h.k) +
-            " times a power of two");
+  if (power <= 0 || power & (power - 1))
+    check(false, "a Hadamard block of " + std::to_string(n) + " columns is not hadamard_k's order " +
+                     std::to_string(h.k) + " times a power of two");
   return h;
 }
 
@@ -66,17 +67,19 @@ QuantizeArgs quantize_args(const Rows& rows, const LinearPlan& plan, int64_t had
 }
 
 // The plan whose superblocks fill `packed`: the width of the low weights is not an argument, but it shows in the size.
-LinearPlan plan_of_packed(const Tensor& packed, int64_t n, const std::vector<int64_t>& segments,
-                          const std::vector<int64_t>& group_bits, int64_t hadamard_groups, int64_t weight_group) {
-  const int64_t superblocks = (n + kSuperblock - 1) / kSuperblock;
-  LinearPlan plan = make_plan(segments, group_bits, 4, hadamard_groups, weight_group);
-  if (packed.numel() == superblocks * plan.superblock_bytes) return plan;
-  const int64_t expected = superblocks * plan.superblock_bytes;
-  plan = make_plan(segments, group_bits, 8, hadamard_groups, weight_group);
-  check(packed.numel() == superblocks * plan.superblock_bytes,
-        "packed holds " + std::to_string(packed.numel()) + " bytes, but these segments and n = " + std::to_string(n) +
-            " need " + std::to_string(expected) + " (or " + std::to_string(superblocks * plan.superblock_bytes) +
-            " at 8 bit); pack the weight with the same arguments");
+const LinearPlan& plan_of_packed(const Tensor& packed, int64_t n, const std::vector<int64_t>& segments,
+                                 const std::vector<int64_t>& group_bits, int64_t hadamard_groups,
+                                 int64_t weight_group) {
+  const int64_t superblocks = (n + kSuperblock - 1) / kSuperblock, bytes = packed.numel();
+  const LinearPlan& nibbles = cached_plan(segments, group_bits, 4, hadamard_groups, weight_group);
+  const int64_t expected = superblocks * nibbles.superblock_bytes;
+  if (bytes == expected) return nibbles;
+  const LinearPlan& plan = cached_plan(segments, group_bits, 8, hadamard_groups, weight_group);
+  if (bytes != superblocks * plan.superblock_bytes)
+    check(false, "packed holds " + std::to_string(bytes) + " bytes, but these segments and n = " + std::to_string(n) +
+                     " need " + std::to_string(expected) + " (or " +
+                     std::to_string(superblocks * plan.superblock_bytes) +
+                     " at 8 bit); pack the weight with the same arguments");
   return plan;
 }
 
@@ -93,7 +96,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   check_contiguous(packed, "packed");
   check_contiguous(scales, "scales");
   check_contiguous(wsum, "wsum");
-  const LinearPlan plan = plan_of_packed(packed, n, segments, group_bits, hadamard_groups, weight_group);
+  const LinearPlan& plan = plan_of_packed(packed, n, segments, group_bits, hadamard_groups, weight_group);
   check_shape(scales, {plan.scale_rows, n}, "scales");
   check_shape(wsum, {static_cast<int64_t>(plan.runs.size()), n}, "wsum");
   const Rows rows = rows_of(x, plan.columns, "x");
@@ -125,7 +128,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
 std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vector<int64_t> segments,
                                                        std::vector<int64_t> group_bits, int64_t hadamard_groups,
                                                        const std::optional<Tensor>& hadamard_k) {
-  const LinearPlan plan = make_plan(segments, group_bits, 4, hadamard_groups, 0);
+  const LinearPlan& plan = cached_plan(segments, group_bits, 4, hadamard_groups, 0);
   check(x.dim() == 2, "x must have shape [M, K], not " + shape_of(x));
   const Rows rows = rows_of(x, plan.columns, "x");
   const int64_t groups = static_cast<int64_t>(plan.group_bits.size());

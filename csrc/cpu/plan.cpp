@@ -1,8 +1,10 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace resq {
 namespace {
@@ -120,6 +122,42 @@ LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int
   place_runs(plan);
   place_blocks(plan, hadamard_groups);
   check(plan.group_list.size() == plan.group_bits.size(), "group_bits names an activation group that no segment uses");
+  return plan;
+}
+
+namespace {
+
+struct CachedPlan {
+  std::vector<int64_t> segments, group_bits;
+  int low_bits;
+  int64_t hadamard_groups, weight_group;
+  LinearPlan plan;
+
+  bool is(const std::vector<int64_t>& s, const std::vector<int64_t>& g, int bits, int64_t groups, int64_t weight) const {
+    return low_bits == bits && hadamard_groups == groups && weight_group == weight && group_bits == g && segments == s;
+  }
+};
+
+constexpr size_t kCachedPlans = 64;
+
+}  // namespace
+
+const LinearPlan& cached_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
+                              int64_t hadamard_groups, int64_t weight_group) {
+  static thread_local std::vector<std::unique_ptr<CachedPlan>> cache;
+  static thread_local size_t oldest = 0;
+  for (const auto& entry : cache)
+    if (entry->is(segments, group_bits, low_bits, hadamard_groups, weight_group)) return entry->plan;
+  auto made = std::make_unique<CachedPlan>(
+      CachedPlan{segments, group_bits, low_bits, hadamard_groups, weight_group,
+                 make_plan(segments, group_bits, low_bits, hadamard_groups, weight_group)});
+  if (cache.size() < kCachedPlans) {
+    cache.push_back(std::move(made));
+    return cache.back()->plan;
+  }
+  cache[oldest] = std::move(made);
+  const LinearPlan& plan = cache[oldest]->plan;
+  oldest = (oldest + 1) % kCachedPlans;
   return plan;
 }
 

@@ -28,4 +28,9 @@ struct LinearPlan {
 LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
                      int64_t hadamard_groups, int64_t weight_group);
 
+// make_plan's result from the calling thread's cache, so that a decode step builds none: valid until the thread's next
+// call. The cache is bounded; a model has a handful of plans.
+const LinearPlan& cached_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
+                              int64_t hadamard_groups, int64_t weight_group);
+
 }  // namespace resq

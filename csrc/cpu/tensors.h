@@ -16,6 +16,10 @@ using torch::stable::Tensor;
 inline void check(bool ok, const std::string& sentence) {
   if (!ok) throw std::runtime_error(sentence);
 }
+// Literals: no string is built where all is well.
+inline void check(bool ok, const char* sentence) {
+  if (!ok) throw std::runtime_error(sentence);
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::string text = "[";
@@ -34,22 +38,24 @@ inline DType float_dtype(const Tensor& t, const char* name) {
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name, const char* words) {
-  check(t.scalar_type() == dtype, std::string(name) + " must be " + words);
+  if (t.scalar_type() != dtype) throw std::runtime_error(std::string(name) + " must be " + words);
 }
 
 inline void check_contiguous(const Tensor& t, const char* name) {
-  check(t.is_contiguous(), std::string(name) + " must be contiguous");
+  if (!t.is_contiguous()) throw std::runtime_error(std::string(name) + " must be contiguous");
 }
 
 inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
   bool ok = t.dim() == static_cast<int64_t>(shape.size());
-  std::string wanted;
   int64_t i = 0;
   for (int64_t size : shape) {
     ok = ok && t.size(i) == size;
-    wanted += (i++ ? ", " : "") + std::to_string(size);
+    ++i;
   }
-  check(ok, std::string(name) + " must have shape [" + wanted + "], not " + shape_of(t));
+  if (ok) return;
+  std::string wanted;
+  for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  throw std::runtime_error(std::string(name) + " must have shape [" + wanted + "], not " + shape_of(t));
 }
 
 }  // namespace resq
