@@ -15,32 +15,46 @@ namespace {
 // The GEMM's signed operand holds q of 4-bit groups as it is and q − 128 of 8-bit groups.
 RESQ_INLINE int32_t code_offset(int32_t bits) { return bits == 8 ? 128 : 0; }
 
-RESQ_INLINE void widen_range(const float* x, int64_t n, float& low, float& high) {
-  // Four chains each: an extremum every 4 cycles would leave the ports idle.
-  VF lows[4], highs[4];
-  for (int c = 0; c < 4; ++c) {
-    lows[c] = splat(low);
-    highs[c] = splat(high);
-  }
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
+// Extrema of the values seen so far, lane by lane; they start at 0, which every range includes.
+struct Range {
+  VF low, high;
+
+  RESQ_INLINE void widen(const float* x, int64_t n) {
+    int64_t i = 0;
+    if (n >= 4 * W) {
+      // Four chains each: one extremum every 4 cycles would leave the ports idle.
+      VF lows[4] = {low, low, low, low}, highs[4] = {high, high, high, high};
+      for (; i + 4 * W <= n; i += 4 * W)
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const VF v = load(x + i + c * W);
-      lows[c] = min(lows[c], v);
-      highs[c] = max(highs[c], v);
+        for (int c = 0; c < 4; ++c) {
+          const VF v = load(x + i + c * W);
+          lows[c] = min(lows[c], v);
+          highs[c] = max(highs[c], v);
+        }
+      low = min(min(lows[0], lows[1]), min(lows[2], lows[3]));
+      high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
     }
-  for (; i + W <= n; i += W) {
-    const VF v = load(x + i);
-    lows[0] = min(lows[0], v);
-    highs[0] = max(highs[0], v);
+    for (; i + W <= n; i += W) take(load(x + i));
+#if defined(RESQ_TU_AVX512)
+    if (i < n) take(load_part(x + i, n - i));
+#else
+    for (; i < n; ++i) take(splat(x[i]));
+#endif
   }
-  low = reduce_min(min(min(lows[0], lows[1]), min(lows[2], lows[3])));
-  high = reduce_max(max(max(highs[0], highs[1]), max(highs[2], highs[3])));
-  for (; i < n; ++i) {
-    low = min(low, x[i]);
-    high = max(high, x[i]);
+
+ private:
+  RESQ_INLINE void take(VF v) {
+    low = min(low, v);
+    high = max(high, v);
   }
+};
+
+// `low` and `high` widened to hold n values; they start at 0.
+RESQ_INLINE void widen_range(const float* x, int64_t n, float& low, float& high) {
+  Range range{splat(low), splat(high)};
+  range.widen(x, n);
+  low = reduce_min(range.low);
+  high = reduce_max(range.high);
 }
 
 // q − offset of n values to `codes`; returns their sum.
@@ -67,26 +81,31 @@ RESQ_INLINE int32_t quantize_span(const float* x, int64_t n, float scale, int32_
 
 #if !defined(RESQ_TU_AVX512)
 constexpr bool kFastQuotients = false;
+
+// What the quantization of a group needs beside its zero point.
+struct Divisor {
+  float d;
+  RESQ_INLINE explicit Divisor(float divisor) : d(divisor) {}
+};
 #endif
 
-// quantize_span of x / root, which leaves x changed where root is not 1.
-RESQ_INLINE int32_t quantize_segment(float* x, int64_t n, float root, float scale, int32_t zero, int32_t levels,
-                                     int32_t offset, int8_t* codes) {
+// q − offset of n values x/root to `codes`, leaving x changed where root is not 1; returns the sum.
+RESQ_INLINE int32_t quantize_segment(float* x, int64_t n, const Divisor& root, const Divisor& scale, int32_t zero,
+                                     int32_t levels, int32_t offset, int8_t* codes) {
 #if defined(RESQ_TU_AVX512)
-  if (Divisor::exact(scale)) {
-    const int64_t done = n / 64 * 64;
-    int32_t sum = root == 1.0f ? quantize_fast<false>(x, done, root, scale, zero, levels, offset, codes)
-                               : quantize_fast<true>(x, done, root, scale, zero, levels, offset, codes);
-    if (done < n) {
-      if (root != 1.0f) divide(x + done, n - done, root);
-      sum += quantize_span(x + done, n - done, scale, zero, levels, offset, codes + done);
-    }
-    return sum;
-  }
+  if (scale.exact())
+    return root.d == 1.0f ? quantize_fast<false>(x, n, root, scale, zero, levels, offset, codes)
+                          : quantize_fast<true>(x, n, root, scale, zero, levels, offset, codes);
 #endif
-  if (root != 1.0f) divide(x, n, root);
-  return quantize_span(x, n, scale, zero, levels, offset, codes);
+  if (root.d != 1.0f) divide(x, n, root.d);
+  return quantize_span(x, n, scale.d, zero, levels, offset, codes);
 }
+
+// A group's range while it is sought, its divisor after.
+struct Group {
+  Range range;
+  Divisor scale;
+};
 
 // Blocks [block_begin, block_end) of one row.
 void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin, int64_t block_end) {
@@ -108,23 +127,23 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
     }
   }
 
-  float* low = static_cast<float*>(thread_scratch(Slot::group_range, plan.n_groups * 8));
-  float* high = low + plan.n_groups;
+  Group* found = static_cast<Group*>(thread_scratch(Slot::group_range, plan.n_groups * static_cast<int64_t>(sizeof(Group))));
   float* scale = args.scale + row * plan.n_groups;
   int32_t* zero = args.zero + row * plan.n_groups;
   const int32_t* groups = plan.group_list + plan.block_groups[block_begin];
   const int64_t n_groups = plan.block_groups[block_end] - plan.block_groups[block_begin];
-  for (int64_t i = 0; i < n_groups; ++i) low[groups[i]] = high[groups[i]] = 0.0f;  // the range includes 0
-  for (const SegmentPlace* s = first; s <= last; ++s)
-    widen_range(x + (s->column - column), s->columns, low[s->group], high[s->group]);
+  for (int64_t i = 0; i < n_groups; ++i) found[groups[i]].range = {VF{}, VF{}};
+  for (const SegmentPlace* s = first; s <= last; ++s) found[s->group].range.widen(x + (s->column - column), s->columns);
   for (int64_t i = 0; i < n_groups; ++i) {
     const int32_t g = groups[i];
-    low[g] /= root;  // division is monotonic: the extrema stay the extrema
-    high[g] /= root;
-    const float step = (high[g] - low[g]) / static_cast<float>((1 << plan.group_bits[g]) - 1);
+    // Division is monotonic: the quotients' extrema are the extrema's quotients.
+    const float low = reduce_min(found[g].range.low) / root, high = reduce_max(found[g].range.high) / root;
+    const float step = (high - low) / static_cast<float>((1 << plan.group_bits[g]) - 1);
     scale[g] = step == 0.0f ? 1.0f : step;
-    zero[g] = round_to_int(-low[g] / scale[g]);
+    zero[g] = round_to_int(-low / scale[g]);
+    found[g].scale = Divisor(scale[g]);
   }
+  const Divisor by_root(root);
 
   int8_t* codes = static_cast<int8_t*>(args.codes) + row * args.code_stride;
   int32_t* sums = args.column_order ? nullptr : args.sums + row * plan.n_runs;
@@ -134,7 +153,8 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
     const int32_t g = s->group, bits = plan.group_bits[g];
     const int32_t levels = (1 << bits) - 1, offset = args.column_order ? 0 : code_offset(bits);
     int8_t* to = codes + (args.column_order ? s->column : s->at);
-    const int32_t sum = quantize_segment(x + (s->column - column), s->columns, root, scale[g], zero[g], levels, offset, to);
+    const int32_t sum = quantize_segment(x + (s->column - column), s->columns, by_root, found[g].scale, zero[g],
+                                         levels, offset, to);
     if (sums) {
       sums[s->run] += sum;
       __builtin_memset(to + s->columns, 0, static_cast<size_t>(s->pad));
