@@ -128,14 +128,16 @@ struct AttentionArgs {
   int64_t window;  // tokens visible to a query, its own included; -1 = all
 };
 
-// Queries [query_begin, query_end) of one sequence and kv head against keys [key_begin, key_end).
+// Query tokens of one sequence and heads of some of its kv heads against keys [key_begin, key_end).
 struct AttentionTask {
-  int64_t sequence, kv_head;
+  int64_t sequence;
+  int64_t kv_head, kv_heads;  // the first, and how many
   int64_t query_row;    // row of the first query token in `query` and `out`
   int64_t queries;      // query tokens
   int64_t position;     // position of the first query token in its sequence
   int64_t key_begin, key_end;
   // A share of a split context writes its unnormalised sum [rows, width], maximum and denominator here; null = whole.
+  // Rows are ordered by kv head, query token, head of the group.
   float *partial_sum, *partial_max, *partial_denominator;
 };
 

@@ -1,38 +1,27 @@
 // Causal attention of a tile of queries over packed pages: online softmax, all in float32.
 //
-// The query heads of a kv head share every unpacked tile; a decode step is a tile with one query token. Long contexts
-// may be cut into shares whose unnormalised results are merged.
+// The path for every layout, dtype and instruction set; decode.h and prefill.h are the faster ones. The query heads of
+// a kv head share every unpacked tile. Long contexts may be cut into shares whose unnormalised results are merged.
 #pragma once
 
-#include "exp.h"
-#include "gemm_f32.h"
+#include "attention_rows.h"
 #include "kv_unpack.h"
 
 namespace resq {
 namespace {
 
 constexpr int64_t kKeyTile = 32;  // K̂ᵀ and V̂ of a tile stay in the L1 cache up to a head_dim of 128
-constexpr float kNegativeInfinity = -__builtin_inff();
 
 struct AttentionBuffers {
   float *query, *scores, *sum, *row_max, *denominator, *key, *value;
 };
 
-// Query rows (token-major, then head) in float32, rotated, scaled and in the order of the unpacked K.
+// Query rows in float32, rotated, scaled and in the order of the unpacked K. A task here has one kv head.
 void load_queries(const AttentionArgs& args, const AttentionTask& task, const AttentionBuffers& b) {
   const PageLayout& p = args.page;
-  const int64_t rows = task.queries * args.group, dim = p.head_dim, width = p.low_padded + p.high_padded;
+  const int64_t rows = task_rows(args, task), dim = p.head_dim, width = p.low_padded + p.high_padded;
   float* plain = b.sum;  // free until the first tile; at least as wide as a head
-  float* turned = args.rotation ? b.query : plain;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = task.query_row + r / args.group, head = task.kv_head * args.group + r % args.group;
-    load_row(element(args.query, args.query_dtype, token * args.query_token_stride + head * args.query_head_stride),
-             args.query_dtype, dim, plain + r * dim);
-  }
-  if (args.rotation) {
-    gemm_f32(rows, dim, dim, plain, dim, args.rotation, dim, turned, dim, false);
-    __builtin_memcpy(plain, turned, static_cast<size_t>(rows * dim) * 4);
-  }
+  load_rotated(args, task, 0, task.queries, b.query, plain);
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = plain + r * dim;
     float* to = b.query + r * width;
@@ -91,20 +80,9 @@ void softmax_row(float* scores, int64_t visible_begin, int64_t visible_end, floa
   denominator += reduce_add(total);
 }
 
-void write_row(const AttentionArgs& args, const float* sum, float denominator, int64_t token, int64_t head) {
-  const PageLayout& p = args.page;
-  float row[kMaxHeadDim];
-  // A row that sees no key (an empty sequence) is 0.
-  const float inverse = denominator > 0.0f ? denominator : 1.0f;
-  for (int64_t i = 0; i < p.low; ++i) row[i] = sum[i] / inverse;
-  for (int64_t i = 0; i < p.high; ++i) row[p.low + i] = sum[p.low_padded + i] / inverse;
-  store_row(row, args.out_dtype, p.head_dim,
-            element(args.out, args.out_dtype, token * args.out_token_stride + head * args.out_head_stride));
-}
-
 void attention_tile(const AttentionArgs& args, const AttentionTask& task) {
   const PageLayout& p = args.page;
-  const int64_t rows = task.queries * args.group, width = attention_width(p);
+  const int64_t rows = task_rows(args, task), width = attention_width(p);
   const int64_t dims = p.low_padded + p.high_padded, value_stride = width + 16;
   const int64_t floats = rows * (dims + p.head_dim) + rows * (kKeyTile + width + 2) + kKeyTile * (dims + value_stride);
   float* at = static_cast<float*>(thread_scratch(Slot::attention, (floats + 8 * 16) * 4));
@@ -138,38 +116,22 @@ void attention_tile(const AttentionArgs& args, const AttentionTask& task) {
     gemm_f32(rows, width, kKeyTile, b.scores, kKeyTile, b.value, value_stride, b.sum, width, true);
   }
 
-  for (int64_t r = 0; r < rows; ++r) {
-    if (task.partial_sum) {
-      __builtin_memcpy(task.partial_sum + r * width, b.sum + r * width, static_cast<size_t>(width) * 4);
-      task.partial_max[r] = b.row_max[r];
-      task.partial_denominator[r] = b.denominator[r];
-    } else {
-      write_row(args, b.sum + r * width, b.denominator[r], task.query_row + r / args.group,
-                task.kv_head * args.group + r % args.group);
-    }
-  }
+  for (int64_t r = 0; r < rows; ++r) finish_row(args, task, 0, r, b.sum + r * width, b.row_max[r], b.denominator[r]);
 }
 
-// Σ_i e^{m_i − m} · sum_i and the same of the denominators, over the shares of one context.
-void merge_shares(const AttentionArgs& args, const AttentionMerge& merge) {
-  const AttentionTask& first = merge.shares[0];
-  const int64_t rows = first.queries * args.group, width = attention_width(args.page);
-  float sum[kMaxHeadDim + 64];
-  for (int64_t r = 0; r < rows; ++r) {
-    float row_max = kNegativeInfinity;
-    for (int64_t i = 0; i < merge.count; ++i) row_max = max(row_max, merge.shares[i].partial_max[r]);
-    float denominator = 0.0f;
-    for (int64_t c = 0; c < width; ++c) sum[c] = 0.0f;
-    for (int64_t i = 0; i < merge.count; ++i) {
-      const AttentionTask& share = merge.shares[i];
-      if (share.partial_max[r] == kNegativeInfinity) continue;
-      const float weight = exp_negative(splat(share.partial_max[r] - row_max))[0];
-      denominator += weight * share.partial_denominator[r];
-      const float* from = share.partial_sum + r * width;
-      for (int64_t c = 0; c < width; ++c) sum[c] += weight * from[c];
+// Every kv head of the task.
+void attention_float(const AttentionArgs& args, const AttentionTask& task) {
+  const int64_t rows = task_rows(args, task);
+  for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
+    AttentionTask one = task;
+    one.kv_head += kv;
+    one.kv_heads = 1;
+    if (task.partial_sum) {
+      one.partial_sum += kv * rows * attention_width(args.page);
+      one.partial_max += kv * rows;
+      one.partial_denominator += kv * rows;
     }
-    write_row(args, sum, denominator, first.query_row + r / args.group,
-              first.kv_head * args.group + r % args.group);
+    attention_tile(args, one);
   }
 }
 
