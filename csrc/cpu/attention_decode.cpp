@@ -1,4 +1,4 @@
-// Attention of few query rows for AVX-512 with VNNI. The pragma comes after the standard headers, so that their inline
+// Attention of few query rows for AVX-512 with VNNI, and with AMX tiles (by inline assembly: no target is needed). The pragma comes after the standard headers, so that their inline
 // functions keep the baseline instruction set, and before <immintrin.h>, whose intrinsics need the wider one.
 #if defined(__x86_64__)
 #include <cstddef>
@@ -15,10 +15,12 @@
 #endif
 #include <immintrin.h>
 #define RESQ_TU_AVX512
+#include "simd/decode_tiles.h"
 #include "simd/decode_vnni.h"
 
 namespace resq {
 const AttentionKernel kDecodeVnni = decode_task<VpdpbusdProducts>;
+const AttentionKernel kDecodeTiles = decode_task<TileProducts>;
 }  // namespace resq
 #if defined(__clang__)
 #pragma clang attribute pop

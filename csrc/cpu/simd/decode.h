@@ -235,7 +235,6 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
       chunk.token = key % p.tokens;
       chunk.tokens = min(min(kChunk, p.tokens - chunk.token), round_up(task.key_end - key, kTokenTile));
       load_chunk_scales(p, chunk.page, chunk.token, chunk.tokens, task.key_end - key, *b.scales);
-      products.load_chunk(chunk);
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t block = kv * passes + pass;
         b.integers.query = b.query + block * 2 * shape.rows * shape.query_bytes;

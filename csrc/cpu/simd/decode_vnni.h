@@ -96,7 +96,6 @@ class VpdpbusdProducts {
  public:
   VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*) : page_(page), shape_(shape) {}
   static int64_t scratch_bytes(const DecodeShape&) { return 0; }
-  void load_chunk(const Chunk&) const {}
 
   void scores(const Chunk& chunk, const PassIntegers& n) const {
     switch (shape_.rows) {
