@@ -32,7 +32,7 @@ def cache_bytes(folder: Path = CACHES) -> int:
 
 
 def _huge_pages(size: int) -> torch.Tensor:
-    """float32 zeros of `size` bytes that the kernel was asked to back with huge pages (fewer TLB misses: the ceiling)."""
+    """float32 numbers of `size` bytes, backed with huge pages where the system has them: fewer TLB misses."""
     area = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         area.madvise(mmap.MADV_HUGEPAGE)
@@ -68,14 +68,14 @@ def operations_per_second(arithmetic: Arithmetic, edge: int = EDGE, seconds: flo
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured maxima. `dram_gb_s` in 10^9 bytes a second, `int8_top_s` and `bf16_top_s` in 10^12 operations a second."""
+    """Measured maxima: `dram_gb_s` in 10^9 bytes a second, the others in 10^12 operations a second."""
 
     dram_gb_s: float
     int8_top_s: float
     bf16_top_s: float
 
     def seconds(self, weight_bytes: int, operations: float, arithmetic: Arithmetic) -> tuple[float, str]:
-        """Least time for reading the weights and doing the operations, and which of them bounds it: memory or compute."""
+        """Least time to read the weights and do the operations, and which of them takes it: memory or compute."""
         reading = weight_bytes / (self.dram_gb_s * 1e9)
         computing = operations / ((self.int8_top_s if arithmetic == "int8" else self.bf16_top_s) * 1e12)
         return (reading, "memory") if reading >= computing else (computing, "compute")

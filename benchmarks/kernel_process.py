@@ -34,7 +34,7 @@ def preloads() -> list[str]:
 
 
 def kernel_environment(threads: int, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` with OpenMP bound to the first `threads` usable cores, and vLLM's preloads (an LD_PRELOAD that is set stays)."""
+    """`base`, OpenMP bound to the first `threads` usable cores and vLLM's preloads (a LD_PRELOAD that is set stays)."""
     environment = dict(base)
     environment.setdefault("LD_PRELOAD", ":".join(preloads()))
     cores = usable_cores()

@@ -1,8 +1,8 @@
 """`python -m benchmarks.linear`: one linear layer at a time, ours beside every kernel that a vLLM user's CPU could run.
 
 Contenders take turns on weights that rotate through a pool larger than the last-level cache (benchmarks.turns). A row's
-`ratio_to_bf16` is against the faster of the stock bf16 paths in that cell, torch's (`bf16`) and vLLM's (`bf16-vllm`); the
-row names it. `fraction` is the least time that the measured ceilings allow over the measured time.
+`ratio_to_bf16` is against the faster of the stock bf16 paths in that cell, torch's (`bf16`) and vLLM's (`bf16-vllm`);
+the row names it. `fraction` is the least time that the measured ceilings allow over the measured time.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def main(
     console.print(f"{machine().sentence()}; {torch.get_num_threads()} threads; our kernels: {isa()}", highlight=False)
     ceilings = measured_ceilings()
     console.print(f"measured ceilings: {ceilings.to_dict()}", highlight=False)
-    rows, unavailable, pools = [], {}, []
+    rows: list[dict[str, Any]] = []
+    pools: list[dict[str, int]] = []
+    unavailable: dict[str, str] = {}
     for outputs, columns in shapes:
         wanted = {name: known[name] for name in known if suits(name, outputs, columns) and name not in unavailable}
         pool, missing = build_pool(wanted, outputs, columns, pool_mib << 20)
@@ -175,14 +177,16 @@ def main(
     for name, reason in unavailable.items():
         console.print(f"{name} is not measured: {reason}", highlight=False)
     if json_file is not None:
-        cache = {"last_level_cache_bytes": cache_bytes(), "pools": pools}
-        facts = {
-            "threads": torch.get_num_threads(),
-            "isa": isa(),
-            "ceilings": ceilings.to_dict(),
-            "unavailable": unavailable,
-        }
-        write_report(json_file, rows, **facts, **cache)
+        write_report(
+            json_file,
+            rows,
+            threads=torch.get_num_threads(),
+            isa=isa(),
+            ceilings=ceilings.to_dict(),
+            last_level_cache_bytes=cache_bytes(),
+            pools=pools,
+            unavailable=unavailable,
+        )
 
 
 if __name__ == "__main__":

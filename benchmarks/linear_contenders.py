@@ -1,4 +1,4 @@
-"""Contenders of the linear benchmark: one weight, quantized and laid out as each of them wants it, in several copies."""
+"""Contenders of the linear benchmark: one weight, quantized and laid out as each wants it, in many copies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Contender:
 
 
 def symmetric_codes(weight: torch.Tensor, bits: int, group: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest, scale per output channel or per `group` columns: codes int8 [N, K], scale float32 [N, groups]."""
+    """Round to nearest, a scale per output channel or per `group` columns: int8 [N, K] and float32 [N, groups]."""
     outputs, columns = weight.shape
     top = 2 ** (bits - 1) - 1
     grouped = weight.float().view(outputs, -1, group or columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 GROUP = 128
 
 
+@cache
 def _vllm_ops() -> Any:
+    # Linux lets a process use AMX only once it has asked; vLLM's kernels leave that to the first oneDNN product.
+    torch.cpu._init_amx()
     return importlib.import_module("vllm._custom_ops")
 
 
@@ -100,7 +104,7 @@ def int4_reason() -> str | None:
 
 
 def int4_pack(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes 0…15 (zero point 8) int32 [N, K], scale [K/GROUP, N] -> weight, zero points and scales as the op has them."""
+    """codes 0…15 (zero point 8) int32 [N, K], scale [K/GROUP, N] -> weight, zero points, scales for int4_linear."""
     ops = _vllm_ops()
     awq_order = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -154,3 +158,84 @@ def zentorch_int4_pack(codes: torch.Tensor) -> torch.Tensor:
 def zentorch_int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """W4A16; packed [K/8, N] (a transposed view), scale bf16 [K/GROUP, N]."""
     return torch.ops.zentorch.zentorch_woq_linear(x, packed, scale, None, None)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+class CPUAttention:
+    """vLLM's CPU attention as its backend calls it: head-major pages, the ISA it chooses, its schedule of a step.
+
+    Args:
+        kv_cache_dtype: "auto" for bf16 pages, or "fp8".
+
+    Raises:
+        NotImplementedError: by vLLM itself, for a cache that it does not have on this CPU.
+
+    """
+
+    def __init__(self, kv_cache_dtype: str, heads: int, kv_heads: int, head_dim: int, block_tokens: int) -> None:
+        backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+        self._ops = _vllm_ops()
+        self._sizes = (heads, kv_heads, head_dim)
+        self._dtype = kv_cache_dtype
+        self._block_tokens = block_tokens
+        self.isa: str = backend._get_attn_isa(torch.bfloat16, block_tokens, head_dim, kv_cache_dtype)
+
+    def cache(self, blocks: int) -> torch.Tensor:
+        """An empty cache [blocks, kv_heads, 2·block_tokens, head_dim]: K in the first half of dimension 2, then V."""
+        _, kv_heads, head_dim = self._sizes
+        dtype = torch.bfloat16 if self._dtype == "auto" else torch.uint8
+        return torch.zeros(blocks, kv_heads, 2 * self._block_tokens, head_dim, dtype=dtype)
+
+    def schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """What vLLM computes once a step, for all layers."""
+        heads, kv_heads, head_dim = self._sizes
+        return self._ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            seq_lens=seq_lens,
+            dtype=torch.bfloat16,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=True,
+            kv_cache_dtype=self._dtype,
+        )
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """key, value [T, kv_heads, head_dim] into the pages."""
+        keys, values = cache.chunk(2, dim=2)
+        self._ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, self.isa, kv_cache_dtype=self._dtype)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        schedule: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Causal attention of query [T, heads, head_dim] into out."""
+        keys, values = cache.chunk(2, dim=2)
+        self._ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=keys,
+            value_cache=values,
+            output=out,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            scale=scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=block_table,
+            softcap=0.0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+            kv_cache_dtype=self._dtype,
+        )

@@ -44,9 +44,7 @@ class Turn:
 
     def warm_up(self) -> None:
         """Run every call once (libraries compile and allocate at the first), then choose the length of a turn."""
-        for call in self.calls:
-            call()
-        seconds = min(self._run(1) for _ in range(3))
+        seconds = min(self._run(1) for _ in self.calls)
         self.length = max(1, min(len(self.calls), round(TURN_SECONDS / seconds)))
 
     def __call__(self) -> float:
@@ -93,7 +91,7 @@ def median_ms(measured: Comparison, name: str) -> float:
 
 
 def best_rate(call: Call, seconds: float) -> float:
-    """Calls per second of the fastest of as many calls as fit `seconds` (3 at least): a ceiling, not a typical figure."""
+    """Calls per second of the fastest among the calls that fit `seconds` (3 at least): a ceiling, nothing typical."""
     call()
     fastest = float("inf")
     ends = time.perf_counter() + seconds
