@@ -1,8 +1,8 @@
 """lm_head at 8 bits: symmetric weights with a scale a row, inputs asymmetric with a scale a token.
 
 Rounded to nearest at the row's full range, which moves perplexity by 0.04 % at most (docs/accuracy.md). A clip search
-would lower the squared error of a randomly rotated head by another 3 %, and takes 0.5 s a million weights: minutes for a
-vocabulary of 128k.
+would lower the squared error of a randomly rotated head by another 3 %, and takes 0.5 s a million weights: minutes for
+a vocabulary of 128k.
 """
 
 from __future__ import annotations
