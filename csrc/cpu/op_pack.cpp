@@ -4,10 +4,26 @@
 #include <algorithm>
 
 #include "../ops.h"
+#include "huge_pages.h"
 #include "pack.h"
 #include "tensors.h"
 
 namespace resq {
+namespace {
+
+// uint8 [bytes] that begins on a 2 MiB page where it fills one. A decode step reads every weight once, one token's worth
+// of work a byte: with pages of 4 KiB, walking the page tables takes a quarter of that time (M = 1, 4096 x 4096: 0.65 ms
+// against 0.49 ms, two threads).
+Tensor empty_weight(int64_t bytes, const Tensor& like) {
+  if (bytes < kHugePage) return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  Tensor whole = torch::stable::new_empty(like, {bytes + kHugePage}, ScalarType::Byte);
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(whole.mutable_data_ptr()) % kHugePage);
+  Tensor weight = torch::stable::narrow(whole, 0, past ? kHugePage - past : 0, bytes);
+  prefer_huge_pages(weight.mutable_data_ptr(), bytes);
+  return weight;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const std::optional<Tensor>& high,
                                        int64_t low_bits, int64_t n, std::vector<int64_t> segments,
@@ -42,9 +58,8 @@ std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const s
 
   const int64_t superblocks = (n + kSuperblock - 1) / kSuperblock;
   const Tensor& like = low ? *low : *high;
-  const std::vector<int64_t> packed_shape{superblocks * plan.superblock_bytes};
   const std::vector<int64_t> sums_shape{static_cast<int64_t>(plan.runs.size()), n};
-  Tensor packed = torch::stable::new_empty(like, packed_shape, ScalarType::Byte);
+  Tensor packed = empty_weight(superblocks * plan.superblock_bytes, like);
   Tensor sums = torch::stable::new_empty(like, sums_shape, ScalarType::Int);
   args.low_bits = static_cast<int>(low_bits);
   args.n = n;
@@ -52,6 +67,7 @@ std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const s
   args.sums = static_cast<int32_t*>(sums.mutable_data_ptr());
   torch::stable::parallel_for(0, superblocks, 1,
                               [&](int64_t begin, int64_t end) { pack_superblocks(args, plan, begin, end); });
+  collapse_pages(packed.mutable_data_ptr(), packed.numel());
   return {packed, sums};
 }
 

@@ -16,6 +16,11 @@ RESQ_INLINE void dot(__m512i& acc, __m512i weight, const int8_t* activation) {
       : "v"(weight), "m"(*reinterpret_cast<const IntMem*>(activation)));
 }
 
+// Bytes between a weight's prefetch and its use. The processor's own prefetching stops at 4 KiB pages; asked for this far
+// ahead, one core reads 12.2 instead of 11.3 GB/s (M = 1; 1024 and 4096 are 4 % slower). More rows have time to wait.
+constexpr int64_t kPrefetch = 2048;
+constexpr int kPrefetchRows = 2;
+
 // acc[m·64 + n] = Σ over groups of 8 columns, weights as nibbles: 4 vectors of 16 outputs per group, byte 4c + j of a
 // vector holding column j of the group (low nibble) and column 4 + j (high nibble) for output c.
 template <int MR>
@@ -33,6 +38,7 @@ __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, 
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       const __m512i both = _mm512_loadu_si512(p + c * 64);
+      if (MR <= kPrefetchRows) _mm_prefetch(p + c * 64 + kPrefetch, _MM_HINT_T0);
       const __m512i low = _mm512_and_si512(both, mask);
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 #pragma GCC unroll 8
@@ -62,6 +68,7 @@ __attribute__((noinline)) void micro_bytes(const uint8_t* w, const int8_t* a, in
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       const __m512i weight = _mm512_loadu_si512(p + c * 64);
+      if (MR <= kPrefetchRows) _mm_prefetch(p + c * 64 + kPrefetch, _MM_HINT_T0);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) dot(acc[m][c], weight, q + m * lda);
     }
