@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -33,8 +33,14 @@ class Comparison:
         }
 
 
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is: all names a round, every second round in reverse order, so that none always goes first."""
+    for index in range(rounds):
+        yield from names if index % 2 == 0 else reversed(names)
+
+
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, baseline: str) -> Comparison:
-    """Measure every contender once a round; every second round in reverse order, so that none always goes first.
+    """Measure every contender once a round, in the order of `turns`.
 
     Raises:
         ValueError: when there is no round, or the baseline is not among the contenders.
@@ -44,8 +50,6 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, basel
     if baseline not in contenders:
         raise ValueError(f"the baseline {baseline!r} is none of {', '.join(contenders)}.")
     measured: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for index in range(rounds):
-        for name in names if index % 2 == 0 else reversed(names):
-            measured[name].append(contenders[name]())
+    for name in turns(list(contenders), rounds):
+        measured[name].append(contenders[name]())
     return Comparison(baseline, measured)

@@ -1,16 +1,15 @@
-"""`python -m benchmarks.throughput`: `vllm bench throughput` of ResQ and bf16, taking turns in one run.
+"""`python -m benchmarks.throughput`: whole engines side by side: ours, stock vLLM in every quantization, llama.cpp.
 
-The models have random weights (`--load-format dummy`), which costs nothing to make and times the same kernels.
+Models have random weights (`--load-format dummy`), which costs nothing to make and times the same kernels. A process a
+contender and round runs all scenarios (benchmarks.engine_child); contenders take turns, one process at a time.
+`--vllm-bench` also runs the command `vllm bench throughput` itself for bf16 and resq (benchmarks.vllm_bench).
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,143 +17,213 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.dummy_model import SHAPES, write_models
-from benchmarks.environment import vllm_environment
-from benchmarks.machine import machine, today
-from benchmarks.pairs import Comparison, interleave
+from benchmarks import vllm_bench
+from benchmarks.dummy_model import SHAPES
+from benchmarks.engine_contenders import (
+    BASELINE,
+    CONTENDERS,
+    EngineError,
+    Setting,
+    empty_engine_gib,
+    require_package,
+    run_engine,
+)
+from benchmarks.machine import machine
+from benchmarks.pairs import Comparison, turns
+from benchmarks.report import rounded, wide_console, write_report
+from benchmarks.scenarios import SCENARIOS, STREAMS, Cell
 
-BASELINE = "bf16"
-KV_CACHE_BYTES = 512 * 2**20
-LOG_TAIL_LINES = 15
-
-
-class BenchmarkError(RuntimeError):
-    """A `vllm bench` process failed; the message is a sentence and the tail of its output."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests of `prompt` input and `output` generated tokens; `requests` of them."""
-
-    name: str
-    prompt: int
-    output: int
-    requests: int
+VOCABULARY = 32_000
+# 65,536 prompt tokens: minutes for every contender and round.
+ONLY_ON_REQUEST = ("long", 16)
 
 
-WORKLOADS = (Workload("decode", 32, 128, 32), Workload("prefill", 512, 8, 32))
-
-
-def bench_command(model: Path, work: Workload, answer: Path) -> list[str]:
-    """The `vllm bench throughput` command for one measurement; its figures go to the JSON file `answer`."""
-    numbers = {
-        "--random-input-len": work.prompt,
-        "--random-output-len": work.output,
-        "--num-prompts": work.requests,
-        "--num-warmups": 1,
-        "--max-model-len": work.prompt + work.output + 64,
-        "--kv-cache-memory-bytes": KV_CACHE_BYTES,
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", str(model)]
-    command += ["--dataset-name", "random", "--load-format", "dummy", "--output-json", str(answer)]
-    return command + [str(word) for pair in numbers.items() for word in pair]
-
-
-def tokens_per_second(model: Path, work: Workload, folder: Path) -> float:
-    """One `vllm bench throughput` process: tokens (prompt and generated) per second.
+def cells(scenarios: Sequence[str] | None, streams: Sequence[int] | None, full: bool) -> tuple[Cell, ...]:
+    """The cells that were asked for; without `full` not the one that takes longer than all others together.
 
     Raises:
-        BenchmarkError: when it fails or writes no figures.
+        typer.BadParameter: for an unknown scenario, or when nothing is left.
     """
-    answer = folder / "answer.json"
-    answer.unlink(missing_ok=True)
-    command = bench_command(model, work, answer)
-    done = subprocess.run(
-        command, env=vllm_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    names = [scenario.name for scenario in SCENARIOS]
+    unknown = [name for name in scenarios or () if name not in names]
+    if unknown:
+        raise typer.BadParameter(f"--scenario {', '.join(unknown)} is not known; known are {', '.join(names)}.")
+    chosen = tuple(
+        Cell(scenario, count)
+        for scenario in SCENARIOS
+        for count in streams or STREAMS
+        if scenario.name in (scenarios or names) and (full or (scenario.name, count) != ONLY_ON_REQUEST)
     )
-    if done.returncode != 0 or not answer.exists():
-        tail = "\n".join(done.stdout.splitlines()[-LOG_TAIL_LINES:])
-        raise BenchmarkError(f"`vllm bench throughput` of {model.name} failed; its last lines are:\n{tail}")
-    return float(json.loads(answer.read_text())["tokens_per_second"])
+    if not chosen:
+        raise typer.BadParameter("the scenario long at 16 streams takes minutes a process: ask for it with --full.")
+    return chosen
 
 
-def measurement(model: Path, work: Workload, folder: Path, console: Console) -> Callable[[], float]:
-    """One contender as a function without arguments that says what it measured."""
+def chosen_contenders(names: Sequence[str] | None) -> list[str]:
+    """Contenders in their order; the baseline always takes part.
 
-    def measure() -> float:
-        rate = tokens_per_second(model, work, folder)
-        console.print(f"{work.name:>8} {model.name:<5} {rate:10.1f} tokens/s", highlight=False)
-        return rate
-
-    return measure
-
-
-def row(shape: str, work: Workload, measured: Comparison) -> dict[str, Any]:
-    """One line of the JSON report."""
-    load = {"prompt_tokens": work.prompt, "output_tokens": work.output, "requests": work.requests}
-    return {"shape": shape, "workload": work.name, **load, "tokens_per_second": measured.to_dict()}
+    Raises:
+        typer.BadParameter: for a name that is none of them.
+    """
+    unknown = [name for name in names or () if name not in CONTENDERS]
+    if unknown:
+        raise typer.BadParameter(f"--contender {', '.join(unknown)} is not known; known are {', '.join(CONTENDERS)}.")
+    return [name for name in CONTENDERS if not names or name in names or name == BASELINE]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def measure(
+    names: Sequence[str], setting: Setting, rounds: int, console: Console
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """What every contender measured, round by round, and why the others did not; one that fails once is out.
+
+    Raises:
+        EngineError: when the baseline fails.
+    """
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    unavailable: dict[str, str] = {}
+    for seed, name in enumerate(turns(names, rounds)):
+        if name in unavailable:
+            continue
+        contender = CONTENDERS[name]
+        try:
+            require_package(contender, setting.packages.get(contender.package or ""))
+            answer = run_engine(name, contender, setting, seed)
+        except EngineError as reason:
+            if name == BASELINE:
+                raise
+            unavailable[name] = str(reason)
+            del measured[name]
+            console.print(f"{name:>14} is not measured: {str(reason).partition(chr(10))[0]}", highlight=False)
+            continue
+        measured[name].append(answer)
+        rates = ", ".join(f"{key} {figures['tokens_s']:.1f}" for key, figures in answer["cells"].items())
+        console.print(f"{name:>14} tokens/s: {rates}", highlight=False)
+    return measured, unavailable
+
+
+def rows(
+    measured: Mapping[str, Sequence[Mapping[str, Any]]], setting: Setting, empty_gib: float | None
+) -> list[dict[str, Any]]:
+    """A row for every cell and contender. tokens/s count prompt and generated tokens, as `vllm bench throughput` does.
+
+    weights_gib: resident memory after the start, less that of an engine whose model has hardly any weights.
+    """
+    lines = []
+    for cell in setting.cells:
+        rates = {name: [one["cells"][cell.key]["tokens_s"] for one in runs] for name, runs in measured.items()}
+        comparison = Comparison(BASELINE, rates)
+        for name, runs in measured.items():
+            figures = {
+                kind: rounded(statistics.median(one["cells"][cell.key][kind] for one in runs))
+                for kind in ("output_tokens_s", "ttft_ms", "tpot_ms")
+            }
+            rss, loaded = (statistics.median(one[kind] for one in runs) for kind in ("rss_gib", "loaded_gib"))
+            llama = CONTENDERS[name].model == "gguf"
+            lines.append(
+                {
+                    "scenario": cell.scenario.name,
+                    "prompt_tokens": cell.scenario.prompt,
+                    "new_tokens": cell.scenario.output,
+                    "streams": cell.streams,
+                    "lm_head_bits": CONTENDERS[name].lm_head_bits,
+                    "contender": name,
+                    "median_tokens_s": rounded(comparison.median(name)),
+                    "ratio_to_bf16": rounded(comparison.ratio(name)),
+                    **figures,
+                    "rss_gib": rounded(rss, 3),
+                    "weights_gib": None if llama or empty_gib is None else rounded(loaded - empty_gib, 3),
+                    "kv_tokens": runs[0]["kv_tokens"],
+                    "rounds": rates[name],
+                }
+            )
+    return lines
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """The report for a terminal."""
-    view = Table(title="vllm bench throughput, random weights, tokens/s (medians)")
-    for name in ("shape", "workload", "prompt+output", BASELINE, "ResQ", "ResQ / bf16"):
-        view.add_column(name, justify="left" if name in ("shape", "workload") else "right")
-    for line in rows:
-        rates = line["tokens_per_second"]
-        lengths = f"{line['prompt_tokens']}+{line['output_tokens']}"
-        median = rates["median"]
-        figures = (f"{median[BASELINE]:.0f}", f"{median['resq']:.0f}", f"{rates['ratio']['resq']:.2f}")
-        view.add_row(line["shape"], line["workload"], lengths, *figures)
+    view = Table(title="Engines, random weights, tokens/s of prompts and answers together (medians)")
+    names = (
+        "scenario",
+        "streams",
+        "contender",
+        "lm_head",
+        "tokens/s",
+        "× bf16",
+        "TTFT ms",
+        "TPOT ms",
+        "RSS GiB",
+        "KV tokens",
+    )
+    for name in names:
+        view.add_column(name, justify="left" if name in ("scenario", "contender") else "right")
+    previous = None
+    for line in lines:
+        cell = (line["scenario"], f"{line['prompt_tokens']}+{line['new_tokens']}", line["streams"])
+        if previous not in (None, cell):
+            view.add_section()
+        head = (f"{cell[0]} {cell[1]}", str(cell[2])) if cell != previous else ("", "")
+        previous = cell
+        figures = (f"{line['median_tokens_s']:.1f}", f"{line['ratio_to_bf16']:.2f}", f"{line['ttft_ms']:.0f}")
+        memory = (f"{line['rss_gib']:.2f}", "–" if line["kv_tokens"] is None else f"{line['kv_tokens']:,}")
+        view.add_row(*head, line["contender"], str(line["lm_head_bits"]), *figures, f"{line['tpot_ms']:.1f}", *memory)
     return view
-
-
-def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON with the machine, the date and the rows, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    report = {"machine": machine().to_dict(), "date": today(), "rows": rows}
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.rename(path)
 
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help=f"Shapes to measure: {', '.join(SHAPES)}.")] = None,
-    workload: Annotated[list[str] | None, typer.Option(help="Workloads: decode, prefill [both].")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which both take turns.")] = 3,
+    shape: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)}.")] = "1b",
+    vocab: Annotated[int, typer.Option(min=512, help="Vocabulary; Llama 3's is 128256.")] = VOCABULARY,
+    scenario: Annotated[list[str] | None, typer.Option(help="decode, prefill, mixed, long, repeatable [all].")] = None,
+    streams: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time, repeatable [1 16].")] = None,
+    contender: Annotated[list[str] | None, typer.Option(help="Repeatable; bf16 always runs [all].")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the contenders take turns.")] = 3,
+    full: Annotated[bool, typer.Option("--full", help="The scenario long at 16 streams as well.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="vLLM without torch.compile, for all contenders.")] = False,
+    zentorch: Annotated[Path | None, typer.Option(help="Folder where zentorch is installed apart.")] = None,
+    llama: Annotated[Path | None, typer.Option(help="Folder where llama-cpp-python is installed apart.")] = None,
+    bench: Annotated[bool, typer.Option("--vllm-bench", help="Also run `vllm bench throughput` (bf16, resq).")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Keep models and logs in this folder.")] = None,
 ) -> None:
-    """Measure ResQ beside bf16 in vLLM and print the table."""
-    shapes = shape or ["small"]
-    works = [work for work in WORKLOADS if workload is None or work.name in workload]
-    unknown = [name for name in shapes if name not in SHAPES]
-    if unknown or not works:
-        names = f"shapes are {', '.join(SHAPES)}; workloads are {', '.join(work.name for work in WORKLOADS)}"
-        raise typer.BadParameter(f"{', '.join(unknown) or workload} is not known; {names}.")
-    console = Console()
+    """Measure engines and print the table."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"--shape {shape} is not known; known are {', '.join(SHAPES)}.")
+    names, chosen = chosen_contenders(contender), cells(scenario, streams, full)
+    packages = {name: path.resolve() for name, path in {"zentorch": zentorch, "llama_cpp": llama}.items() if path}
+    console = wide_console(130)
     console.print(machine().sentence(), highlight=False)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="resq-throughput-") as name:
-        folder = Path(name)
-        for shape_name in shapes:
-            models = write_models(folder / shape_name, SHAPES[shape_name])
-            for work in works:
-                contenders = {key: measurement(model, work, folder, console) for key, model in models.items()}
-                rows.append(row(shape_name, work, interleave(contenders, rounds, BASELINE)))
-    console.print(table(rows))
+    with tempfile.TemporaryDirectory(prefix="resq-throughput-") as temporary:
+        folder = Path(temporary) if keep is None else keep.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting(SHAPES[shape].with_vocabulary(vocab), chosen, folder, packages, eager)
+        try:
+            empty_gib = empty_engine_gib(setting)
+            console.print(f"an engine without weights occupies {empty_gib:.2f} GiB", highlight=False)
+            measured, unavailable = measure(names, setting, rounds, console)
+            lines = rows(measured, setting, empty_gib)
+            commands = (
+                vllm_bench.compare(setting, [name for name in measured if name in vllm_bench.MODELS], rounds)
+                if bench
+                else []
+            )
+        except EngineError as error:
+            console.print(f"the baseline does not run: {error}", highlight=False)
+            raise typer.Exit(1) from error
+    console.print(table(lines))
+    if commands:
+        console.print(vllm_bench.table(commands))
+    for name, reason in unavailable.items():
+        console.print(f"{name} is not measured: {reason}", highlight=False)
     if json_file is not None:
-        write_report(json_file, rows)
-
-
-def run() -> int:
-    """Command-line entry; returns the exit status."""
-    try:
-        typer.run(main)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+        facts = {"shape": shape, "vocabulary": vocab, "eager": eager, "kv_cache_bytes": setting.kv_cache_bytes}
+        write_report(
+            json_file,
+            lines,
+            **facts,
+            empty_engine_gib=empty_gib,
+            unavailable=unavailable,
+            vllm_bench_throughput=commands,
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    typer.run(main)

@@ -1,0 +1,85 @@
+"""`python -m benchmarks.engine_child SPEC ANSWER`: a process with one vLLM engine, which runs all cells.
+
+A start of vLLM takes longer than most cells, so one engine serves them all. It is vLLM's own `LLM` class, which is what
+`vllm bench throughput` measures; the times of every request are the engine's own metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.process_memory import resident_gib
+from benchmarks.scenarios import Cell, Measured
+
+
+class Engine:
+    """An engine with random weights, as benchmarks.engine_contenders.engine_spec describes it."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self._vocabulary = spec["vocabulary"]
+        self._random = random.Random(spec["seed"])
+        self._llm = LLM(
+            model=spec["model"],
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=spec["max_model_len"],
+            max_num_seqs=spec["max_num_seqs"],
+            kv_cache_memory_bytes=spec["kv_cache_bytes"],
+            # Random prompts would hardly hit, but a benchmark should not depend on it.
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            **spec["options"],
+        )
+
+    def _prompt(self, tokens: int) -> dict[str, list[int]]:
+        return {"prompt_token_ids": self._random.choices(range(4, self._vocabulary), k=tokens)}
+
+    def _generate(self, cell: Cell, requests: int) -> tuple[list[float], list[float]]:
+        from vllm import SamplingParams
+
+        scenario = cell.scenario
+        sampling = SamplingParams(temperature=0.0, max_tokens=scenario.output, ignore_eos=True, detokenize=False)
+        prompts = [self._prompt(scenario.prompt) for _ in range(requests)]
+        first, between = [], []
+        for output in self._llm.generate(prompts, sampling, use_tqdm=False):
+            metrics = output.metrics
+            if metrics is None or metrics.num_generation_tokens != scenario.output:
+                raise RuntimeError(f"the engine did not generate the {scenario.output} tokens it was asked for.")
+            first.append(metrics.first_token_latency)
+            between.append((metrics.last_token_ts - metrics.first_token_ts) / max(1, scenario.output - 1))
+        return first, between
+
+    def run(self, cell: Cell) -> Measured:
+        """One pass over a cell."""
+        first: list[float] = []
+        between: list[float] = []
+        started = time.perf_counter()
+        lots = [cell.streams] if cell.streams > 1 else [1] * cell.requests
+        for lot in lots:
+            times = self._generate(cell, lot)
+            first += times[0]
+            between += times[1]
+        return Measured(time.perf_counter() - started, tuple(first), tuple(between))
+
+
+def main(spec_file: Path, answer_file: Path) -> None:
+    """Run the cells of the spec and write what was measured: {"cells": {key: figures}, "loaded_gib", "rss_gib"}."""
+    spec = json.loads(spec_file.read_text())
+    engine = Engine(spec)
+    engine.run(Cell.from_dict(spec["warm_up"]))
+    loaded = resident_gib(os.getpid())
+    cells = [Cell.from_dict(data) for data in spec["cells"]]
+    figures = {cell.key: engine.run(cell).to_dict(cell) for cell in cells}
+    answer_file.write_text(json.dumps({"cells": figures, "loaded_gib": loaded, "rss_gib": resident_gib(os.getpid())}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
