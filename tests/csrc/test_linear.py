@@ -128,6 +128,46 @@ def test_more_rows_than_a_panel(rows: int) -> None:
     _check(Weights(plan, 65, low_bits, 0), _input(rows, plan.columns, torch.bfloat16, 0))
 
 
+@pytest.mark.parametrize("rows", [1, 6, 7, 16, 17, 33, 64, 100])
+@pytest.mark.parametrize(("low", "high"), [(1792, 256), (1114, 163)])
+def test_long_runs(low: int, high: int, rows: int) -> None:
+    """Runs longer than the stretch of columns that stays in a cache; ends inside a tile of rows, columns or outputs."""
+    plan = LinearPlan((Segment(low, 0, 0), Segment(high, 1, 1)), (4, 8))
+    _check(Weights(plan, 72, 4, rows), _input(rows, plan.columns, torch.bfloat16, rows))
+
+
+def test_more_plans_than_are_kept() -> None:
+    for _ in range(2):
+        for columns in range(2, 150, 2):
+            plan = LinearPlan((Segment(columns, 0, 0),), (4,))
+            x = _input(2, columns, torch.float32, columns)
+            assert_identical(
+                ops.quantize_activation(x, *plan_arguments(plan)), reference.quantize_activation(x, plan), ops.isa()
+            )
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-25, 1e25, 1e30])
+def test_magnitudes_at_the_ends_of_float32(size: float) -> None:
+    """Scales where a product in place of the division would underflow or overflow."""
+    for name in ("split", "down_blocks", "o_proj_part"):
+        plan, low_bits = PLANS[name]
+        _check(Weights(plan, 20, low_bits, 3), torch.randn(9, plan.columns, generator=generator(3)) * size)
+
+
+def test_ties_of_the_quotient() -> None:
+    """Values whose quotients lie at or next to halves, where one bit of the division decides the code."""
+    for bits in (4, 8):
+        plan = LinearPlan((Segment(2048, 0, 0),), (bits,))
+        top = torch.rand(64, 1, generator=generator(bits)) + 0.5
+        steps = torch.arange(2048) % (2 * 2**bits - 1)
+        x = top / (2**bits - 1) * steps / 2
+        x[:, 1024:] = torch.nextafter(x[:, 1024:], torch.tensor(torch.inf))
+        expected = reference.quantize_activation(x, plan)
+        for isa in ISAS:
+            with running(isa):
+                assert_identical(ops.quantize_activation(x, *plan_arguments(plan)), expected, isa)
+
+
 def test_extreme_codes_stay_exact() -> None:
     """The largest products of every width: any saturating instruction would show."""
     for x_row, weight in ((1.0, 127), (1.0, -128), (-1.0, -128)):
