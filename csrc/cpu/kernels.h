@@ -174,7 +174,9 @@ extern const Kernels kAmxKernels;
 
 // A buffer of at least `bytes`, aligned to 64, that belongs to the calling thread and lives until it ends or asks for
 // more from the same slot. Each slot has one user, so nested calls never share one.
-enum class Slot : int { activation_row, hadamard, group_range, inline_codes, panel_codes, tiles, kv_rows, attention, count };
+enum class Slot : int {
+  activation_row, hadamard, group_range, inline_codes, panel_codes, tiles, kv_rows, attention, count
+};
 void* thread_scratch(Slot slot, int64_t bytes);
 
 }  // namespace resq

@@ -1,5 +1,6 @@
-// The kernels for AVX-512 with VNNI, and the same with the linear layer on AMX tiles. The pragma comes after the standard headers, so that their inline functions keep
-// the baseline instruction set, and before <immintrin.h>, whose intrinsics need the wider one.
+// The kernels for AVX-512 with VNNI, and the same with the linear layer on AMX tiles. The pragma comes after the standard
+// headers, so that their inline functions keep the baseline instruction set, and before <immintrin.h>, whose intrinsics
+// need the wider one. No compiler makes AMX instructions of plain C++, so the tiles need no unit of their own.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>

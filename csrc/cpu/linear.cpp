@@ -85,7 +85,8 @@ void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
     // Few superblocks leave threads idle: cut the rows as well.
     const int64_t tile = panel >= 2 * kPanelTile ? kPanelTile : kRowTile, tiles = (panel + tile - 1) / tile;
     const int64_t tasks = kTasksPerThread * threads;
-    const int64_t cuts = threads == 1 || superblocks >= tasks ? 1 : std::min((tasks + superblocks - 1) / superblocks, tiles);
+    const int64_t wanted = threads == 1 || superblocks >= tasks ? 1 : (tasks + superblocks - 1) / superblocks;
+    const int64_t cuts = std::min(wanted, tiles);
     const int64_t share = (tiles + cuts - 1) / cuts * tile;
     const int64_t parts = (panel + share - 1) / share;
     parallel_for(0, superblocks * parts, 1, [&](int64_t begin, int64_t end) {

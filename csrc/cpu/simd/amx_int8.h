@@ -8,7 +8,8 @@
 // Offsets and the float epilogue are those of gemm_int8.h: results are equal bit for bit.
 #pragma once
 
-#include "gemm_int8.h"
+#include "amx_epilogue.h"
+#include "amx_tiles.h"
 
 namespace resq {
 namespace {
@@ -21,43 +22,6 @@ constexpr int64_t kStretchBytes = kDepth * kSuperblock;
 
 // Rows from which tiles are faster than unpacking in registers (measured: 8 % slower at 6, 7 % faster at 8).
 constexpr int64_t kTileFromRows = 7;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The calling thread's tile unit, configured: another library may have left its own configuration. Released at the
-// end, so that context switches do not save 8 KiB of tiles.
-struct TileUnit {
-  TileUnit() {
-    static constexpr TileConfig config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~TileUnit() { asm volatile("tilerelease"); }
-};
-
-// Own wrappers: g++'s do not tell the compiler that memory is read, and a clobber here would pin the unpacking.
-// `memory_fence` stands where scratch changes hands.
-RESQ_INLINE void memory_fence() { asm volatile("" ::: "memory"); }
-template <int T>
-RESQ_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-template <int T>
-RESQ_INLINE void tile_load(const void* p, int64_t stride) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride));
-}
-template <int T>
-RESQ_INLINE void tile_store(void* p, int64_t stride) {
-  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(p), "r"(stride) : "memory");
-}
-// tile C += signed A · unsigned B
-template <int C, int A, int B>
-RESQ_INLINE void tile_dot() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
 
 // A stretch of one run: up to kDepth columns.
 struct Stretch {
@@ -97,7 +61,9 @@ struct Unpacker {
     return true;
   }
 
-  RESQ_INLINE uint8_t* place(int64_t i, int64_t c) const { return to + (i / kTileRows * 4 + c) * 1024 + i % kTileRows * 64; }
+  RESQ_INLINE uint8_t* place(int64_t i, int64_t c) const {
+    return to + (i / kTileRows * 4 + c) * 1024 + i % kTileRows * 64;
+  }
 
   // Two k-groups of all 64 columns.
   RESQ_INLINE void pair() {
@@ -197,91 +163,6 @@ RESQ_INLINE void multiply_one(const int8_t* a, int64_t lda, const uint8_t* b, co
   tile_store<2>(acc + 32, stride);
   tile_store<3>(acc + 48, stride);
 }
-
-// The float epilogue of a superblock's runs.
-struct Epilogue {
-  const LinearArgs& args;
-  int64_t column, n;
-  alignas(64) float bias[kSuperblock] = {};
-  // Of the current run, zero past the last column.
-  alignas(64) float weight_scale[kSuperblock] = {};
-  alignas(64) int32_t weight_sum[kSuperblock] = {};
-
-  Epilogue(const LinearArgs& a, int64_t superblock)
-      : args(a), column(superblock * kSuperblock), n(min(kSuperblock, a.n - column)) {
-    if (args.bias) load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias);
-  }
-
-  void take_run(int64_t r) {
-    const size_t bytes = static_cast<size_t>(n) * 4;
-    __builtin_memcpy(weight_scale, args.weight_scale + args.plan.runs[r].scale_row * args.n + column, bytes);
-    __builtin_memcpy(weight_sum, args.weight_sum + r * args.n + column, bytes);
-  }
-
-  RESQ_INLINE void* out(int64_t row) const { return element(args.out, args.out_dtype, row * args.out_stride + column); }
-
-  // The lines of a row's output are fetched while the tiles work: consecutive rows lie pages apart.
-  void fetch(int64_t row, int64_t rows) const {
-    for (int64_t m = row; m < row + rows; ++m) {
-      __builtin_prefetch(out(m), 1);
-      __builtin_prefetch(static_cast<uint8_t*>(out(m)) + n * dtype_size(args.out_dtype) - 1, 1);
-    }
-  }
-
-  // y of rows [row, row + rows) (+)= run r, whose raw products are `acc`; the last run's go to the output.
-  void finish(int64_t r, int64_t row, int64_t rows, const int32_t* acc, float* y) const {
-    if (r + 1 < args.plan.n_runs) {
-      r == 0 ? add_run<true, false>(r, row, rows, acc, y) : add_run<false, false>(r, row, rows, acc, y);
-    } else {
-      r == 0 ? add_run<true, true>(r, row, rows, acc, y) : add_run<false, true>(r, row, rows, acc, y);
-    }
-  }
-
- private:
-  template <bool kFirst, bool kLast>
-  void add_run(int64_t r, int64_t row, int64_t rows, const int32_t* acc, float* y) const {
-    const PlanView& plan = args.plan;
-    const RunPlace& run = plan.runs[r];
-    const int64_t runs = plan.n_runs, groups = plan.n_groups;
-    const int32_t offset = code_offset(plan.group_bits[run.group]), weight_offset = run.nibbles ? 8 : 128;
-    const int32_t* sums = args.sums + row * runs + r;
-    const int32_t* zeros = args.zero + row * groups + run.group;
-    const float* scales = args.scale + row * groups + run.group;
-    const bool direct = args.out_dtype == DType::bf16 && n == kSuperblock;
-    VU column_sum[4];
-    VF column_scale[4];
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      column_sum[c] = load_words(weight_sum + c * W);
-      column_scale[c] = load(weight_scale + c * W);
-    }
-    for (int64_t m = 0; m < rows; ++m, acc += kSuperblock, y += kSuperblock) {
-      // Modulo 2^32: partial results may leave int32 before the last term brings them back.
-      const VU start = (VU)splat(-weight_offset * sums[m * runs]);
-      const VU zero = (VU)splat(zeros[m * groups] - offset);
-      const VF scale = splat(scales[m * groups]);
-      VF sum[4];
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        const VU exact = load_words(acc + c * W) + start - column_sum[c] * zero;
-        sum[c] = to_float((VI)exact) * (column_scale[c] * scale);
-        if (!kFirst) sum[c] = load(y + c * W) + sum[c];
-        if (!kLast) store(y + c * W, sum[c]);
-      }
-      if (kLast) {
-        if (args.bias)
-          for (int c = 0; c < 4; ++c) sum[c] = sum[c] + load(bias + c * W);
-        if (direct) {
-          uint16_t* to = static_cast<uint16_t*>(out(row + m));
-          for (int c = 0; c < 4; ++c) store_bfloat(to + c * W, sum[c]);
-        } else {
-          for (int c = 0; c < 4; ++c) store(y + c * W, sum[c]);
-          store_row(y, args.out_dtype, n, out(row + m));
-        }
-      }
-    }
-  }
-};
 
 void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
   if (end - begin < kTileFromRows) {
