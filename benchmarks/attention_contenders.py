@@ -129,9 +129,18 @@ class ResQ(Contender):
 
     def attend(self, cache: torch.Tensor, block_table: torch.Tensor, out: torch.Tensor) -> None:
         batch, layout = self.batch, self._layout
-        lengths = (batch.seq_lens, batch.query_start_loc)
-        precision = (self._rotation, batch.scale, layout.high, layout.low_bits)
-        ops.attention(batch.query, cache, out, block_table, *lengths, *precision)
+        ops.attention(
+            batch.query,
+            cache,
+            out,
+            block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            self._rotation,
+            batch.scale,
+            layout.high,
+            layout.low_bits,
+        )
 
 
 class Stock(Contender):

@@ -7,6 +7,7 @@ are read in batches of up to 2048 tokens; then every sequence gets a token a ste
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -119,8 +120,7 @@ def main(spec_file: Path, answer_file: Path) -> None:
     """Run the cells of the spec and write what was measured, as benchmarks.engine_child does."""
     spec = json.loads(spec_file.read_text())
     sys.path[:0] = spec["python_path"]
-    import llama_cpp
-
+    llama_cpp = importlib.import_module("llama_cpp")
     vocabulary, numbers = spec["vocabulary"], random.Random(spec["seed"])
     llama = Llama(llama_cpp, Path(spec["model"]), spec["threads"], vocabulary)
     run(llama, Cell.from_dict(spec["warm_up"]), vocabulary, numbers)

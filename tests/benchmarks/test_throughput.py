@@ -1,71 +1,113 @@
-"""The throughput benchmark around `vllm bench throughput`: its models, its command, its report."""
+"""The throughput benchmark: arguments, rounds, rows, table."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import typer
+from rich.console import Console
 
 from benchmarks import throughput
-from benchmarks.dummy_model import SHAPES, write_models
-from benchmarks.pairs import Comparison
-from resq_vllm.formats.metadata import QuantizationMetadata
+from benchmarks.dummy_model import SHAPES
+from benchmarks.engine_contenders import EngineContender, EngineError, Setting
+from benchmarks.scenarios import Cell, Scenario
 
-WORK = throughput.Workload("decode", 32, 128, 16)
-
-
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_models_differ_in_nothing_but_the_quantization(tmp_path: Path, shape: str) -> None:
-    models = write_models(tmp_path, SHAPES[shape])
-    bf16, resq = (json.loads((models[name] / "config.json").read_text()) for name in ("bf16", "resq"))
-    metadata = QuantizationMetadata.from_dict(resq.pop("quantization_config"))
-    assert resq == bf16
-    assert bf16["hidden_size"] == SHAPES[shape].hidden_size
-    assert metadata.sites["qkv"].low + metadata.sites["qkv"].high == SHAPES[shape].hidden_size
-    assert len(metadata.kv_cache) == SHAPES[shape].num_hidden_layers
-    assert len(AutoTokenizer.from_pretrained(models["resq"])) <= bf16["vocab_size"]
-
-
-def test_command_asks_for_random_weights_and_the_workload(tmp_path: Path) -> None:
-    command = throughput.bench_command(tmp_path / "resq", WORK, tmp_path / "answer.json")
-    pairs = dict(itertools.pairwise(command))
-    assert pairs["--load-format"] == "dummy"
-    assert pairs["--random-input-len"] == "32"
-    assert pairs["--random-output-len"] == "128"
-    assert pairs["--num-prompts"] == "16"
-    assert pairs["--output-json"] == str(tmp_path / "answer.json")
+CELL = Cell(Scenario("decode", 32, 128), 16)
+FIELDS = {
+    "scenario",
+    "streams",
+    "lm_head_bits",
+    "contender",
+    "median_tokens_s",
+    "ratio_to_bf16",
+    "ttft_ms",
+    "tpot_ms",
+    "rss_gib",
+    "kv_tokens",
+}
 
 
-def test_failing_vllm_is_a_sentence_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = [sys.executable, "-c", "import sys; print('loading'); sys.exit('no such model')"]
-    monkeypatch.setattr(throughput, "bench_command", lambda *_: failing)
-    with pytest.raises(throughput.BenchmarkError, match=r"of resq failed; its last lines are:\nloading\nno such model"):
-        throughput.tokens_per_second(tmp_path / "resq", WORK, tmp_path)
+def answer(tokens_s: float, rss: float = 3.0) -> dict[str, Any]:
+    figures = {"tokens_s": tokens_s, "output_tokens_s": tokens_s / 2, "ttft_ms": 10.0, "tpot_ms": 5.0}
+    return {"cells": {CELL.key: figures}, "loaded_gib": rss - 0.5, "rss_gib": rss, "kv_tokens": 4096}
 
 
-def test_rate_is_what_vllm_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = "import json, sys; json.dump({'tokens_per_second': 123.5}, open(sys.argv[1], 'w'))"
-    monkeypatch.setattr(throughput, "bench_command", lambda _, __, answer: [sys.executable, "-c", writes, str(answer)])
-    assert throughput.tokens_per_second(tmp_path / "resq", WORK, tmp_path) == 123.5
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(SHAPES["small"], (CELL,), tmp_path, {})
 
 
-def test_answer_of_an_earlier_process_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "answer.json").write_text('{"tokens_per_second": 9.0}')
-    monkeypatch.setattr(throughput, "bench_command", lambda *_: [sys.executable, "-c", "pass"])
-    with pytest.raises(throughput.BenchmarkError):
-        throughput.tokens_per_second(tmp_path / "resq", WORK, tmp_path)
+@pytest.fixture
+def silent() -> Console:
+    return Console(quiet=True)
 
 
-def test_report_holds_machine_date_and_rows(tmp_path: Path) -> None:
-    measured = Comparison("bf16", {"bf16": [100.0, 50.0], "resq": [150.0, 75.0]})
-    rows = [throughput.row("small", WORK, measured)]
-    throughput.write_report(tmp_path / "results" / "t.json", rows)
-    report = json.loads((tmp_path / "results" / "t.json").read_text())
-    assert set(report) == {"machine", "date", "rows"}
-    assert report["rows"][0]["tokens_per_second"]["ratio"]["resq"] == 1.5
-    assert report["rows"][0]["prompt_tokens"] == 32
-    assert throughput.table(rows).row_count == 1
+def test_long_prompts_in_sixteen_streams_only_on_request() -> None:
+    brief, full = throughput.cells(None, None, False), throughput.cells(None, None, True)
+    assert {cell.key for cell in full} - {cell.key for cell in brief} == {"long/16"}
+    assert len(full) == 8
+    assert [cell.key for cell in throughput.cells(["decode"], [2], False)] == ["decode/2"]
+
+
+def test_unknown_scenario_and_nothing_left() -> None:
+    with pytest.raises(typer.BadParameter, match="--scenario chat is not known; known are decode, prefill"):
+        throughput.cells(["chat"], None, False)
+    with pytest.raises(typer.BadParameter, match="ask for it with --full"):
+        throughput.cells(["long"], [16], False)
+
+
+def test_bf16_always_takes_part() -> None:
+    assert throughput.chosen_contenders(["resq"]) == ["bf16", "resq"]
+    with pytest.raises(typer.BadParameter, match="--contender fast is not known; known are bf16, resq"):
+        throughput.chosen_contenders(["fast"])
+
+
+def test_contenders_take_turns_and_a_failing_one_is_out(
+    setting: Setting, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+
+    def run(name: str, contender: EngineContender, setting: Setting, seed: int) -> dict[str, Any]:
+        order.append(name)
+        if name == "awq":
+            raise EngineError("no kernel\ndetails")
+        return answer(10.0)
+
+    monkeypatch.setattr(throughput, "run_engine", run)
+    measured, unavailable = throughput.measure(["bf16", "awq", "resq"], setting, 2, silent)
+    assert order == ["bf16", "awq", "resq", "resq", "bf16"]
+    assert {name: len(runs) for name, runs in measured.items()} == {"bf16": 2, "resq": 2}
+    assert unavailable == {"awq": "no kernel\ndetails"}
+
+
+def test_without_the_baseline_there_is_no_benchmark(
+    setting: Setting, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> dict[str, Any]:
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(throughput, "run_engine", run)
+    with pytest.raises(EngineError, match="no memory"):
+        throughput.measure(["bf16", "resq"], setting, 1, silent)
+
+
+def test_rows_pair_the_rounds(setting: Setting) -> None:
+    # The machine slows down by half in the second round.
+    measured = {"bf16": [answer(100.0), answer(50.0)], "resq": [answer(300.0, 1.5), answer(150.0, 1.5)]}
+    lines = throughput.rows(measured, setting, empty_gib=0.5)
+    assert [set(line) >= FIELDS for line in lines] == [True, True]
+    bf16, resq = lines
+    assert (resq["scenario"], resq["streams"], resq["lm_head_bits"]) == ("decode", 16, 16)
+    assert resq["median_tokens_s"] == 225.0
+    assert resq["ratio_to_bf16"] == 3.0
+    assert (bf16["weights_gib"], resq["weights_gib"]) == (2.0, 0.5)
+    assert resq["rounds"] == [300.0, 150.0]
+    assert throughput.table(lines).row_count == 2
+
+
+def test_llama_has_no_empty_engine_to_be_compared_with(setting: Setting) -> None:
+    lines = throughput.rows({"bf16": [answer(1.0)], "llama.cpp": [answer(2.0)]}, setting, empty_gib=0.5)
+    assert lines[1]["weights_gib"] is None
+    assert lines[1]["lm_head_bits"] == 6

@@ -1,0 +1,123 @@
+"""Engines as contenders: what their process is told, and the sentence when it fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import engine_contenders
+from benchmarks.dummy_model import CONFIGS, SHAPES, Shape
+from benchmarks.engine_contenders import (
+    CONTENDERS,
+    EngineContender,
+    EngineError,
+    Setting,
+    engine_spec,
+    llama_spec,
+    prepare,
+    require_package,
+    run_engine,
+)
+from benchmarks.scenarios import Cell, Scenario
+from resq_vllm.errors import ResQError
+
+CELLS = (Cell(Scenario("decode", 32, 128), 1), Cell(Scenario("decode", 32, 128), 16))
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(SHAPES["small"], CELLS, tmp_path, {})
+
+
+def child(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every engine's process run `code` instead; spec and answer are its arguments."""
+    real = engine_contenders._run
+
+    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
+        return real([sys.executable, "-c", code, *command[-2:]], environment, log)
+
+    monkeypatch.setattr(engine_contenders, "_run", run)
+
+
+def test_every_contender_has_a_model() -> None:
+    assert all(contender.model == "gguf" or contender.model in CONFIGS for contender in CONTENDERS.values())
+    assert CONTENDERS["resq-lm8"].lm_head_bits == 8
+
+
+def test_engine_is_told_the_longest_request_and_all_streams(setting: Setting) -> None:
+    contender = CONTENDERS["fp8-kv"]
+    spec = engine_spec(contender, setting, prepare(contender, setting), seed=3)
+    assert spec["max_model_len"] == 160 + 16
+    assert spec["max_num_seqs"] == 16
+    assert spec["options"] == {"enforce_eager": False, "kv_cache_dtype": "fp8"}
+    assert [Cell.from_dict(cell) for cell in spec["cells"]] == list(CELLS)
+
+
+def test_cache_holds_all_streams_in_bf16(setting: Setting) -> None:
+    shape = setting.shape
+    per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    assert setting.kv_cache_bytes >= 16 * 160 * per_token
+    assert setting.kv_cache_bytes % (128 * per_token) == 0
+
+
+def test_llama_finds_its_package_and_uses_all_cores(setting: Setting, tmp_path: Path) -> None:
+    spec = llama_spec(replace(setting, packages={"llama_cpp": tmp_path}), tmp_path / "model.gguf", 0)
+    assert spec["python_path"] == [str(tmp_path)]
+    assert spec["threads"] >= 1
+
+
+def test_model_that_this_release_cannot_make(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(shape: Shape) -> dict[str, object]:
+        raise ResQError("no such lm_head")
+
+    monkeypatch.setitem(CONFIGS, "resq-lm8", refusing)
+    with pytest.raises(EngineError, match="no such lm_head"):
+        prepare(CONTENDERS["resq-lm8"], setting)
+
+
+def test_answer_comes_with_the_cache_that_the_log_names(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"cells": {"decode/1": {"tokens_s": 5.0}}, "rss_gib": 1.5, "loaded_gib": 1.0}
+    code = (
+        f"import sys; print('CPU KV cache size: 12,345 tokens'); open(sys.argv[2], 'w').write({json.dumps(answer)!r})"
+    )
+    child(code, monkeypatch)
+    assert run_engine("bf16", CONTENDERS["bf16"], setting, 0) == answer | {"kv_tokens": 12345}
+
+
+def test_failing_engine_is_a_sentence_with_its_last_lines(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    child("import sys; print('loading'); sys.exit('no such kernel')", monkeypatch)
+    message = r"its process ended with exit status 1; the last lines of its output are:\n(loading\n)?no such kernel"
+    with pytest.raises(EngineError, match=message):
+        run_engine("bf16", CONTENDERS["bf16"], setting, 0)
+
+
+def test_crashing_engine_names_the_signal(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    child("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", monkeypatch)
+    with pytest.raises(EngineError, match="signal SIGSEGV"):
+        run_engine("bf16", CONTENDERS["bf16"], setting, 0)
+
+
+def test_answer_of_an_earlier_process_is_not_read_again(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    (setting.folder / "bf16.answer.json").write_text("{}")
+    child("pass", monkeypatch)
+    with pytest.raises(EngineError, match="exit status 0"):
+        run_engine("bf16", CONTENDERS["bf16"], setting, 0)
+
+
+def test_endless_engine_is_stopped(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_contenders, "PATIENCE_SECONDS", 0.2)
+    child("import time; time.sleep(60)", monkeypatch)
+    with pytest.raises(EngineError, match=r"was still running after 0\.2 s"):
+        run_engine("bf16", CONTENDERS["bf16"], setting, 0)
+
+
+def test_package_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="the package no_such_engine cannot be imported"):
+        require_package(EngineContender("bf16", package="no_such_engine"), tmp_path)
+    (tmp_path / "no_such_engine.py").write_text("")
+    require_package(EngineContender("bf16", package="no_such_engine"), tmp_path)
+    require_package(CONTENDERS["bf16"], None)
