@@ -39,8 +39,10 @@ format: setup  ## Apply ruff's fixes and formatting
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup  ## Throughput beside bf16, written to results/throughput.json
-	@$(BIN)/python -m benchmarks.throughput --json results/throughput.json
+bench: setup  ## Linear layers, attention and whole engines beside their rivals (about two hours), written to results/
+	@$(BIN)/python -m benchmarks.linear --json results/linear.json $(BENCH_LINEAR)
+	@$(BIN)/python -m benchmarks.attention --json results/attention.json $(BENCH_ATTENTION)
+	@$(BIN)/python -m benchmarks.throughput --json results/throughput.json $(BENCH_THROUGHPUT)
 
 clean:  ## Remove what builds, tests and the demo wrote (the environment stays)
 	rm -rf build dist demo results *.egg-info resq_vllm/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +19,8 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 READ_BYTES = 2**30
 # Short enough that a neighbour's interruption spoils only some of the tries.
 CHUNK_BYTES = 2**26
-EDGE = 1024
-SECONDS = 1.5
+EDGES = (1024, 2048)
+SECONDS = 2.0
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 Arithmetic = Literal["int8", "bf16"]
@@ -49,21 +50,31 @@ def dram_read_bytes_per_second(size: int = READ_BYTES, seconds: float = SECONDS)
     return piece * max(best_rate(read, seconds / len(reads)) for read in reads)
 
 
-def operations_per_second(arithmetic: Arithmetic, edge: int = EDGE, seconds: float = SECONDS) -> float:
-    """Best rate of a square matrix product that stays in the caches, two operations a multiply-add.
-
-    int8: the better of torch's product and vLLM's AMX kernel, which quantizes its input on the way.
-    """
-    work = 2 * edge**3
+def _products(arithmetic: Arithmetic, edge: int) -> list[Call]:
+    """Square products through the libraries at hand: torch, and vLLM's oneDNN and AMX kernels."""
+    x, y = (torch.randn(edge, edge).bfloat16() for _ in range(2))
     if arithmetic == "bf16":
-        a, b = (torch.randn(edge, edge).bfloat16() for _ in range(2))
-        return work * best_rate(lambda: torch.mm(a, b), seconds)
+        calls: list[Call] = [lambda: torch.mm(x, y)]
+        if stock_ops.op_reason("create_onednn_mm_handler", "onednn_mm") is None:
+            packed = stock_ops.onednn_bf16(y)
+            calls.append(lambda: packed(x))
+        if stock_ops.sgl_reason() is None:
+            tiles = stock_ops.sgl_pack(y)
+            calls.append(lambda: stock_ops.sgl_bf16_linear(x, tiles))
+        return calls
     codes = torch.randint(-127, 128, (edge, edge), dtype=torch.int8)
-    products: list[Call] = [lambda: torch._int_mm(codes, codes)]
-    if stock_ops.sgl_int8_reason() is None:
-        x, scale, packed = torch.randn(edge, edge).bfloat16(), torch.ones(edge), stock_ops.sgl_int8_pack(codes)
-        products.append(lambda: stock_ops.sgl_int8_linear(x, packed, scale))
-    return work * max(best_rate(product, seconds / len(products)) for product in products)
+    calls = [lambda: torch._int_mm(codes, codes)]
+    if stock_ops.sgl_reason() is None:
+        scale, tiles = torch.ones(edge), stock_ops.sgl_pack(codes)
+        # It quantizes x on the way, in a few hundredths of the time.
+        calls.append(lambda: stock_ops.sgl_int8_linear(x, tiles, scale))
+    return calls
+
+
+def operations_per_second(arithmetic: Arithmetic, edges: Sequence[int] = EDGES, seconds: float = SECONDS) -> float:
+    """Best rate of square matrix products that stay in the caches, two operations a multiply-add."""
+    tries = [(2 * edge**3, product) for edge in edges for product in _products(arithmetic, edge)]
+    return max(work * best_rate(product, seconds / len(tries)) for work, product in tries)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,9 @@ def _w8a8_onednn(weight: torch.Tensor) -> Iterator[Linear]:
 
 
 def _w8a8_amx(weight: torch.Tensor) -> Iterator[Linear]:
-    _require(stock_ops.sgl_int8_reason())
+    _require(stock_ops.sgl_reason())
     codes, scale = symmetric_codes(weight, 8)
-    return _copies((stock_ops.sgl_int8_pack(codes), scale.flatten()), stock_ops.sgl_int8_linear)
+    return _copies((stock_ops.sgl_pack(codes), scale.flatten()), stock_ops.sgl_int8_linear)
 
 
 def _unsigned_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

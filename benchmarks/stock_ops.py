@@ -63,13 +63,19 @@ def onednn_int8(codes: torch.Tensor, scale: torch.Tensor) -> Linear:
     return linear
 
 
-def sgl_int8_reason() -> str | None:
-    """vLLM takes this W8A8 kernel instead of oneDNN's where the CPU has AMX."""
-    return op_reason("convert_weight_packed", "int8_scaled_mm_with_quant") or _amx_reason()
+def sgl_reason() -> str | None:
+    """vLLM takes these where the CPU has AMX: for W8A8 instead of oneDNN's, for bf16 where the weight is small."""
+    return op_reason("convert_weight_packed", "int8_scaled_mm_with_quant", "weight_packed_linear") or _amx_reason()
 
 
-def sgl_int8_pack(codes: torch.Tensor) -> torch.Tensor:
-    return torch.ops._C.convert_weight_packed(codes)
+def sgl_pack(weight: torch.Tensor) -> torch.Tensor:
+    """Weight bf16 or codes int8 [N, K] in tiles."""
+    return torch.ops._C.convert_weight_packed(weight)
+
+
+def sgl_bf16_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """packed: square, so that N is x's K."""
+    return _vllm_ops().weight_packed_linear_cpu(x, packed, x.shape[1], None)
 
 
 def sgl_int8_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
