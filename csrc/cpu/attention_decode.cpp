@@ -1,5 +1,6 @@
-// Attention of few query rows for AVX-512 with VNNI, and with AMX tiles (by inline assembly: no target is needed). The pragma comes after the standard headers, so that their inline
-// functions keep the baseline instruction set, and before <immintrin.h>, whose intrinsics need the wider one.
+// Attention of few query rows for AVX-512 with VNNI, and with AMX tiles (by inline assembly: no target is needed). The
+// pragma comes after the standard headers, so that their inline functions keep the baseline instruction set, and before
+// <immintrin.h>, whose intrinsics need the wider one.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>

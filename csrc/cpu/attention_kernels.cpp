@@ -2,20 +2,45 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace resq {
 
 #if defined(__x86_64__)
 namespace {
+
 constexpr int64_t kTileHighDims = 64;  // of K's high part, that one tile holds
+
+struct Features {
+  bool bf16 = false, amx_bf16 = false;
+};
+
+Features detect() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  Features f;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) f.amx_bf16 = d & (1u << 22);
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.bf16 = a & (1u << 5);
+  return f;
 }
 
+}  // namespace
+
 AttentionPaths attention_paths(const Kernels& k, const AttentionArgs& args) {
+  static const Features features = detect();
   // 8-bit low parts are rare, and float32 callers want float32 results.
   if (args.page.low_bits != 4 || args.query_dtype == DType::f32 || args.out_dtype == DType::f32) return {};
-  if (std::strcmp(k.name, "avx512_vnni") == 0) return {kDecodeVnni, nullptr};
-  if (std::strcmp(k.name, "amx_int8") == 0)
-    return {args.page.high_padded <= kTileHighDims ? kDecodeTiles : kDecodeVnni, nullptr};
-  return {};
+  const bool tiles = std::strcmp(k.name, "amx_int8") == 0;  // chosen only where the process may use tiles
+  if (!tiles && std::strcmp(k.name, "avx512_vnni") != 0) return {};
+  AttentionPaths paths;
+  paths.decode = tiles && args.page.high_padded <= kTileHighDims ? kDecodeTiles : kDecodeVnni;
+  // q and P in bfloat16 are no less exact than a bfloat16 model's own; a float16 model's are finer.
+  if (args.query_dtype == DType::bf16 && features.bf16) {
+    paths.prefill = tiles && features.amx_bf16 ? kPrefillTiles : kPrefillBf16;
+    paths.prepare = kPrefillPreparation;
+  }
+  return paths;
 }
 #else
 AttentionPaths attention_paths(const Kernels&, const AttentionArgs&) { return {}; }

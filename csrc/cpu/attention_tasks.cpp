@@ -42,9 +42,8 @@ struct Work {
   int64_t keys() const { return task.key_end - task.key_begin; }
 };
 
-void make_work(const AttentionArgs& args, const AttentionBatch& batch, AttentionKernel plain, int64_t threads,
-               std::vector<Work>& work) {
-  const AttentionPaths paths = attention_paths(kernels(), args);
+void make_work(const AttentionArgs& args, const AttentionBatch& batch, const AttentionPaths& paths,
+               AttentionKernel plain, int64_t threads, std::vector<Work>& work) {
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int64_t first = batch.query_start_loc[s], queries = batch.query_start_loc[s + 1] - first;
     if (queries == 0) continue;
@@ -79,16 +78,24 @@ void make_work(const AttentionArgs& args, const AttentionBatch& batch, Attention
 
 }  // namespace
 
-void run_attention(const AttentionArgs& args, const AttentionBatch& batch) {
+void run_attention(const AttentionArgs& call, const AttentionBatch& batch) {
   const Kernels& k = kernels();
+  AttentionArgs args = call;
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   // Kept from call to call, so that a decode step allocates nothing.
   thread_local std::vector<Work> work, shares;
   thread_local std::vector<AttentionTask> share_tasks;
   thread_local std::vector<int64_t> first_share;
   thread_local std::vector<float> partial;
+  thread_local std::vector<uint8_t> prepared;
+  const AttentionPaths paths = attention_paths(k, args);
   work.clear();
-  make_work(args, batch, k.attention, threads, work);
+  make_work(args, batch, paths, k.attention, threads, work);
+  if (paths.prefill && std::any_of(work.begin(), work.end(), [&](const Work& w) { return w.kernel == paths.prefill; })) {
+    prepared.resize(std::max<size_t>(prepared.size(), paths.prepare.bytes(args)));
+    paths.prepare.fill(args, prepared.data());
+    args.prepared = prepared.data();
+  }
   const int64_t count = static_cast<int64_t>(work.size()), wanted = threads > 1 ? kTasksPerThread * threads : 1;
   int64_t keys = 0;
   for (const Work& w : work) keys += w.keys() * w.task.kv_heads;

@@ -126,6 +126,7 @@ struct AttentionArgs {
   float scale;
   int64_t group;   // query heads of a kv head
   int64_t window;  // tokens visible to a query, its own included; -1 = all
+  const void* prepared;  // what AttentionPaths::prepare made for this call
 };
 
 // Query tokens of one sequence and heads of some of its kv heads against keys [key_begin, key_end).

@@ -8,6 +8,7 @@
 
 #include "attention_rows.h"
 #include "decode_softmax.h"
+#include "lanes.h"
 
 namespace resq {
 namespace {
@@ -175,16 +176,10 @@ void attend_chunk(const AttentionArgs& args, const AttentionTask& task, const De
 void order_sum(const PageLayout& p, const DecodeShape& shape, const float* sum, const float* zero, float* out) {
   const __m512 low = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(zero)));
   const __m512 high = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(zero + 16)));
-  const auto copy = [](const float* from, int64_t n, __m512 less, float* to) {
-    for (int64_t i = 0; i < n; i += 16) {
-      const __mmask16 mask = static_cast<__mmask16>(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
-      _mm512_mask_storeu_ps(to + i, mask, _mm512_sub_ps(_mm512_load_ps(from + i), less));
-    }
-  };
   const int64_t half = p.low_padded / 2;
-  copy(sum, half, low, out);
-  copy(sum + 16 * shape.low_lanes, half, low, out + half);
-  copy(sum + 32 * shape.low_lanes, p.high_padded, high, out + p.low_padded);
+  copy_less(sum, half, low, out);
+  copy_less(sum + 16 * shape.low_lanes, half, low, out + half);
+  copy_less(sum + 32 * shape.low_lanes, p.high_padded, high, out + p.low_padded);
 }
 
 template <class Products>

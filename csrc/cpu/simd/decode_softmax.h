@@ -8,6 +8,7 @@
 
 #include "convert.h"
 #include "exp2.h"
+#include "lanes.h"
 
 namespace resq {
 namespace {
@@ -126,15 +127,10 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntege
     }
   }
   if (begin > 0 || end < 16 * N) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i first = _mm512_set1_epi32(static_cast<int32_t>(max(begin, int64_t{0})));
-    const __m512i last = _mm512_set1_epi32(static_cast<int32_t>(min(max(end, int64_t{0}), kChunk)));
+    const __m512i first = key_bound(begin, kChunk), last = key_bound(end, kChunk);
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      const __m512i t = _mm512_add_epi32(lane, _mm512_set1_epi32(16 * i));
-      const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(t, first), t, last);
-      score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kLowest), seen, score[i]);
-    }
+    for (int i = 0; i < N; ++i)
+      score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kLowest), keys_seen(16 * i, first, last), score[i]);
   }
   __m512 highest = score[0];
 #pragma GCC unroll 8

@@ -1,0 +1,168 @@
+// Attention of many query rows over packed pages in bfloat16, with float32 scores and sums.
+//
+// A block of keys and values is unpacked once for all query rows of the task (prefill_unpack.h); rows are taken 32 at a
+// time. q and P·scale are rounded to bfloat16; codes, scales and zero points are not. `Products` multiplies: on AMX
+// tiles or with vdpbf16ps.
+#pragma once
+
+#include "exp2.h"
+#include "prefill_query.h"
+
+namespace resq {
+namespace {
+
+constexpr float kUnseen = -3e38f;
+
+struct PrefillBuffers {
+  uint16_t *query, *weight;  // bfloat16 [rows, dims], [32, kBlockKeys]
+  float *score[2];           // [32, kBlockKeys]
+  float *sum, *row_max, *denominator;
+  PrefillBlock block;
+  uint8_t* turning;          // of load_panels
+};
+
+// Scores of a row -> probabilities times V's low scale, in bfloat16. Rescales the row's sum when the maximum moves.
+template <int kParts>
+void softmax_panel_row(const BlockScales& s, const float* low, const float* high, int64_t begin, int64_t end,
+                       float& row_max, float& denominator, float* sum, int64_t width, uint16_t* weight) {
+  constexpr int N = kBlockKeys / 16;
+  __m512 score[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    score[i] = _mm512_mul_ps(_mm512_load_ps(low + 16 * i), _mm512_load_ps(s.key[0] + 16 * i));
+    if constexpr (kParts == 2)
+      score[i] = _mm512_fmadd_ps(_mm512_load_ps(high + 16 * i), _mm512_load_ps(s.key[1] + 16 * i), score[i]);
+  }
+  if (begin > 0 || end < kBlockKeys) {
+    const __m512i first = key_bound(begin, kBlockKeys), last = key_bound(end, kBlockKeys);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i)
+      score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kUnseen), keys_seen(16 * i, first, last), score[i]);
+  }
+  __m512 highest = score[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < N; ++i) highest = _mm512_max_ps(highest, score[i]);
+  const float block_max = _mm512_reduce_max_ps(highest);
+  if (block_max <= kUnseen) {
+    for (int i = 0; i < N; i += 2) _mm512_store_si512(weight + 16 * i, _mm512_setzero_si512());
+    return;
+  }
+  if (block_max > row_max) {
+    const __m512 shrink = exp2_negative(_mm512_set1_ps(row_max - block_max));
+    denominator *= _mm512_cvtss_f32(shrink);
+    for (int64_t i = 0; i < width; i += 16) _mm512_store_ps(sum + i, _mm512_mul_ps(_mm512_load_ps(sum + i), shrink));
+    row_max = block_max;
+  }
+  const __m512 reference = _mm512_set1_ps(row_max);
+  __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i += 2) {
+    const __m512 a = exp2_negative(_mm512_sub_ps(score[i], reference));
+    const __m512 b = exp2_negative(_mm512_sub_ps(score[i + 1], reference));
+    total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_mul_ps(b, _mm512_load_ps(s.value + 16 * (i + 1))),
+                                               _mm512_mul_ps(a, _mm512_load_ps(s.value + 16 * i)));
+    _mm512_store_si512(weight + 16 * i, (__m512i)pairs);
+  }
+  denominator += _mm512_reduce_add_ps(total);
+}
+
+template <class Products>
+void attend_panel(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s, int64_t key,
+                  int64_t first, const Products& products, const PrefillBuffers& b) {
+  const uint16_t* query = b.query + first * s.dims;
+  products.multiply({query, s.dims * 2, s.low_dims / 32, b.block.key, s.key_bytes, kBlockKeys / 16, b.score[0],
+                     kBlockKeys}, false);
+  if (s.high_dims)
+    products.multiply({query + s.low_dims, s.dims * 2, s.high_dims / 32, b.block.key + s.low_dims / 2 * 64,
+                       s.key_bytes, kBlockKeys / 16, b.score[1], kBlockKeys}, false);
+  const int64_t rows = min(kPanelRows, task_rows(args, task) - first);
+  const auto row_softmax = args.page.parts == 2 ? softmax_panel_row<2> : softmax_panel_row<1>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t position = task.position + (first + r) / args.group;
+    const int64_t oldest = args.window < 0 ? 0 : position - args.window + 1;
+    row_softmax(*b.block.scales, b.score[0] + r * kBlockKeys, b.score[1] + r * kBlockKeys, oldest - key,
+                min(position + 1, task.key_end) - key, b.row_max[first + r], b.denominator[first + r],
+                b.sum + (first + r) * s.width, s.width, b.weight + r * kBlockKeys);
+  }
+  products.multiply({b.weight, kBlockKeys * 2, kBlockKeys / 32, b.block.value, s.value_bytes, s.tiles,
+                     b.sum + first * s.width, s.width}, true);
+}
+
+template <class Products>
+void prefill_head(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s,
+                  const Products& products, const PrefillBuffers& b) {
+  const PageLayout& p = args.page;
+  const int64_t rows = task_rows(args, task);
+  const int32_t* blocks = args.block_table + task.sequence * args.block_table_stride;
+  for (int64_t key = task.key_begin; key < task.key_end; key += kBlockKeys) {
+    for (int64_t t = 0; t < kBlockKeys / 16; ++t) {
+      // Beyond the end the last tile stands in, with scales of 0: everything multiplied is finite.
+      const int64_t at = min(key + 16 * t, (task.key_end - 1) / 16 * 16), valid = max(task.key_end - key - 16 * t, int64_t{0});
+      const uint8_t* page = args.cache + blocks[at / p.tokens] * args.block_stride + task.kv_head * args.head_stride;
+      unpack_block_tile(p, s, {page, at % p.tokens, valid}, t, b.block);
+    }
+    products.fence();
+    for (int64_t first = 0; first < rows; first += kPanelRows) {
+      const int64_t last_row = min(first + kPanelRows, rows) - 1;
+      const bool seen = task.position + last_row / args.group >= key &&
+                        (args.window < 0 || task.position + first / args.group - args.window + 1 < key + kBlockKeys);
+      if (seen) attend_panel(args, task, s, key, first, products, b);
+    }
+  }
+}
+
+template <class Products>
+void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
+  const PageLayout& p = args.page;
+  const int64_t rows = task_rows(args, task), padded = round_up(rows, kPanelRows);
+  const PrefillShape s = prefill_shape(p);
+  uint8_t* next = nullptr;
+  const auto take = [&](int64_t bytes) {
+    uint8_t* taken = next;
+    next += round_up(bytes, 64);
+    return taken;
+  };
+  PrefillBuffers b{};
+  // Once to measure, once to place.
+  for (int round = 0; round < 2; ++round) {
+    if (round) next = static_cast<uint8_t*>(thread_scratch(Slot::attention, reinterpret_cast<intptr_t>(next)));
+    b.query = reinterpret_cast<uint16_t*>(take(padded * s.dims * 2));
+    b.turning = take(kPanelRows * (rotation_depth(p) * 2 + s.dims * 4));
+    b.weight = reinterpret_cast<uint16_t*>(take(kPanelRows * kBlockKeys * 2));
+    for (float*& score : b.score) score = reinterpret_cast<float*>(take(kPanelRows * kBlockKeys * 4));
+    b.sum = reinterpret_cast<float*>(take(padded * s.width * 4));
+    b.row_max = reinterpret_cast<float*>(take(padded * 4));
+    b.denominator = reinterpret_cast<float*>(take(padded * 4));
+    b.block.key = take(kBlockKeys / 16 * s.key_bytes);
+    b.block.value = take(s.tiles * s.value_bytes);
+    b.block.scales = reinterpret_cast<BlockScales*>(take(sizeof(BlockScales)));
+  }
+  // Rows of dims that are only padding stay 0, whatever lay there: 0 · NaN would be NaN. Weights of spare rows too.
+  __builtin_memset(b.block.key, 0, static_cast<size_t>(kBlockKeys / 16 * s.key_bytes));
+  __builtin_memset(b.weight, 0, static_cast<size_t>(kPanelRows * kBlockKeys) * 2);
+  const Products products;
+  alignas(64) float ordered[kMaxHeadDim + 64];
+  for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
+    AttentionTask one = task;
+    one.kv_head += kv;
+    one.kv_heads = 1;
+    load_panels(args, one, s, products, b.turning, b.query);
+    __builtin_memset(b.sum, 0, static_cast<size_t>(padded * s.width) * 4);
+    for (int64_t r = 0; r < padded; ++r) b.row_max[r] = kUnseen, b.denominator[r] = 0.0f;
+    prefill_head(args, one, s, products, b);
+    const int64_t half = p.low_padded / 2;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* sum = b.sum + r * s.width;
+      const __m512 zeros = _mm512_set1_ps(sum[half]);
+      copy_less(sum, half, zeros, ordered);
+      copy_less(sum + 16 * s.low_tiles, half, zeros, ordered + half);
+      copy_less(sum + 32 * s.low_tiles, p.high_padded, _mm512_setzero_ps(), ordered + p.low_padded);
+      const float row_max = b.row_max[r] <= kUnseen ? kNegativeInfinity : b.row_max[r] * kLn2;
+      finish_row(args, task, kv, r, ordered, row_max, b.denominator[r]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace resq

@@ -1,0 +1,106 @@
+// The products of prefill.h: AMX bfloat16 tiles, and vdpbf16ps.
+#pragma once
+
+#include "prefill.h"
+#include "tiles.h"
+
+namespace resq {
+namespace {
+
+class Bf16Tiles {
+ public:
+  Bf16Tiles() : scope_(shapes_) {}
+  void fence() const { tile_fence(); }
+
+  // Blocks of 32 x 32: four accumulators, two tiles of A, two of B.
+  void multiply(const Product& x, bool add) const {
+    tile_fence();
+    int64_t t = 0;
+    for (; t + 2 <= x.tiles; t += 2) block<2>(x, t, add);
+    if (t < x.tiles) block<1>(x, t, add);
+  }
+
+ private:
+  template <int kColumns>
+  static void block(const Product& x, int64_t tile, bool add) {
+    float* c = x.c + 16 * tile;
+    float* below = c + 16 * x.c_floats;
+    const int64_t stride = x.c_floats * 4;
+    if (add) {
+      tile_load<0>(c, stride);
+      tile_load<2>(below, stride);
+      if constexpr (kColumns == 2) tile_load<1>(c + 16, stride), tile_load<3>(below + 16, stride);
+    } else {
+      tile_zero<0>();
+      tile_zero<2>();
+      if constexpr (kColumns == 2) tile_zero<1>(), tile_zero<3>();
+    }
+    const uint8_t* b = x.b + tile * x.b_bytes;
+    for (int64_t s = 0; s < x.steps; ++s) {
+      tile_load<4>(x.a + 32 * s, x.a_bytes);
+      tile_load<6>(b + 1024 * s, 64);
+      tile_bfloats<0, 4, 6>();
+      tile_load<5>(x.a + 32 * s + 16 * (x.a_bytes / 2), x.a_bytes);
+      tile_bfloats<2, 5, 6>();
+      if constexpr (kColumns == 2) {
+        tile_load<7>(b + x.b_bytes + 1024 * s, 64);
+        tile_bfloats<1, 4, 7>();
+        tile_bfloats<3, 5, 7>();
+      }
+    }
+    tile_store<0>(c, stride);
+    tile_store<2>(below, stride);
+    if constexpr (kColumns == 2) tile_store<1>(c + 16, stride), tile_store<3>(below + 16, stride);
+  }
+
+  static constexpr TileShapes shapes_{};
+  const TileScope scope_;
+};
+
+class Bf16Vectors {
+ public:
+  void fence() const {}
+  void multiply(const Product& x, bool add) const {
+    int64_t t = 0;
+    for (; t + 2 <= x.tiles; t += 2)
+      for (int64_t r = 0; r < kPanelRows; r += 8) block<2>(x, t, r, add);
+    if (t < x.tiles)
+      for (int64_t r = 0; r < kPanelRows; r += 8) block<1>(x, t, r, add);
+  }
+
+ private:
+  // Inline assembly for the reason given at `dot` in micro_avx512.h.
+  RESQ_INLINE static void dot(__m512& acc, __m512i b, const uint16_t* a) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const IntMem*>(a)));
+  }
+
+  // 8 rows of 16 or 32 columns.
+  template <int kColumns>
+  static void block(const Product& x, int64_t tile, int64_t row, bool add) {
+    const int64_t a_stride = x.a_bytes / 2;
+    const uint16_t* a = x.a + row * a_stride;
+    const uint8_t* b = x.b + tile * x.b_bytes;
+    float* c = x.c + row * x.c_floats + 16 * tile;
+    __m512 acc[8][kColumns];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kColumns; ++v)
+        acc[r][v] = add ? _mm512_loadu_ps(c + r * x.c_floats + 16 * v) : _mm512_setzero_ps();
+    for (int64_t i = 0; i < 16 * x.steps; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kColumns; ++v) {
+        const __m512i pairs = _mm512_loadu_si512(b + v * x.b_bytes + 64 * i);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) dot(acc[r][v], pairs, a + r * a_stride + 2 * i);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kColumns; ++v) _mm512_storeu_ps(c + r * x.c_floats + 16 * v, acc[r][v]);
+  }
+};
+
+}  // namespace
+}  // namespace resq
