@@ -14,8 +14,9 @@ namespace {
 constexpr float kUnseen = -3e38f;
 
 struct PrefillBuffers {
-  uint16_t *query, *weight;  // bfloat16 [rows, dims], [32, kBlockKeys]
-  float *score[2];           // [32, kBlockKeys]
+  uint16_t* query;      // bfloat16 [rows, dims]
+  uint16_t* weight[2];  // bfloat16 [32, kBlockKeys]: of the panel in softmax, and of the one before
+  float* score[2][2];   // [32, kBlockKeys] by part: of the panel in softmax, and of the one after
   float *sum, *row_max, *denominator;
   PrefillBlock block;
   uint8_t* turning;          // of load_panels
@@ -67,48 +68,95 @@ void softmax_panel_row(const BlockScales& s, const float* low, const float* high
   denominator += _mm512_reduce_add_ps(total);
 }
 
+// Blocks of products that wait to be done beside the softmax.
 template <class Products>
-void attend_panel(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s, int64_t key,
-                  int64_t first, const Products& products, const PrefillBuffers& b) {
-  const uint16_t* query = b.query + first * s.dims;
-  products.multiply({query, s.dims * 2, s.low_dims / 32, b.block.key, s.key_bytes, kBlockKeys / 16, b.score[0],
-                     kBlockKeys}, false);
-  if (s.high_dims)
-    products.multiply({query + s.low_dims, s.dims * 2, s.high_dims / 32, b.block.key + s.low_dims / 2 * 64,
-                       s.key_bytes, kBlockKeys / 16, b.score[1], kBlockKeys}, false);
-  const int64_t rows = min(kPanelRows, task_rows(args, task) - first);
-  const auto row_softmax = args.page.parts == 2 ? softmax_panel_row<2> : softmax_panel_row<1>;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t position = task.position + (first + r) / args.group;
-    const int64_t oldest = args.window < 0 ? 0 : position - args.window + 1;
-    row_softmax(*b.block.scales, b.score[0] + r * kBlockKeys, b.score[1] + r * kBlockKeys, oldest - key,
-                min(position + 1, task.key_end) - key, b.row_max[first + r], b.denominator[first + r],
-                b.sum + (first + r) * s.width, s.width, b.weight + r * kBlockKeys);
+class Waiting {
+ public:
+  void push(const Product& product, bool add) {
+    product_[products_] = product;
+    for (int64_t t = 0; t < product.tiles; t += 2) block_[blocks_++] = {products_, t, add};
+    ++products_;
   }
-  products.multiply({b.weight, kBlockKeys * 2, kBlockKeys / 32, b.block.value, s.value_bytes, s.tiles,
-                     b.sum + first * s.width, s.width}, true);
+  // As many as a share of part/whole of them is.
+  void advance(int64_t part, int64_t whole) {
+    for (; done_ * whole < blocks_ * part; ++done_) {
+      const Block& b = block_[done_];
+      Products::block(product_[b.product], b.tile, b.add);
+    }
+  }
+
+ private:
+  struct Block {
+    int64_t product, tile;
+    bool add;
+  };
+  Product product_[3];
+  Block block_[2 * kBlockKeys / 32 + kMaxHeadDim / 16 + 2];
+  int64_t products_ = 0, blocks_ = 0, done_ = 0;
+};
+
+template <class Products>
+void push_scores(const PrefillShape& s, const PrefillBuffers& b, int64_t panel, Waiting<Products>& waiting) {
+  const uint16_t* query = b.query + panel * kPanelRows * s.dims;
+  float* const* score = b.score[panel % 2];
+  waiting.push({query, s.dims * 2, s.low_dims / 32, b.block.key, s.key_bytes, kBlockKeys / 16, score[0], kBlockKeys},
+               false);
+  if (s.high_dims)
+    waiting.push({query + s.low_dims, s.dims * 2, s.high_dims / 32, b.block.key + s.low_dims / 2 * 64, s.key_bytes,
+                  kBlockKeys / 16, score[1], kBlockKeys}, false);
+}
+
+// Panels [begin, end) of rows against one block of keys. Three panels are on their way at any time: while the vector
+// ports are busy with the softmax of one, the tile unit forms the scores of the next and the output of the one before.
+template <class Products>
+void attend_block(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s, int64_t key,
+                  int64_t begin, int64_t end, const PrefillBuffers& b) {
+  const auto row_softmax = args.page.parts == 2 ? softmax_panel_row<2> : softmax_panel_row<1>;
+  for (int64_t panel = begin - 1; panel <= end; ++panel) {
+    Waiting<Products> waiting;
+    if (panel + 1 < end) push_scores(s, b, panel + 1, waiting);
+    if (panel > begin)
+      waiting.push({b.weight[(panel - 1) % 2], kBlockKeys * 2, kBlockKeys / 32, b.block.value, s.value_bytes, s.tiles,
+                    b.sum + (panel - 1) * kPanelRows * s.width, s.width}, true);
+    Products::fence();
+    if (begin <= panel && panel < end) {
+      const int64_t first = panel * kPanelRows, rows = min(kPanelRows, task_rows(args, task) - first);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = first + r, position = task.position + row / args.group;
+        const int64_t oldest = args.window < 0 ? 0 : position - args.window + 1;
+        row_softmax(*b.block.scales, b.score[panel % 2][0] + r * kBlockKeys, b.score[panel % 2][1] + r * kBlockKeys,
+                    oldest - key, min(position + 1, task.key_end) - key, b.row_max[row], b.denominator[row],
+                    b.sum + row * s.width, s.width, b.weight[panel % 2] + r * kBlockKeys);
+        waiting.advance(r + 1, kPanelRows);
+      }
+    }
+    waiting.advance(1, 1);
+    Products::fence();
+  }
 }
 
 template <class Products>
 void prefill_head(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s,
-                  const Products& products, const PrefillBuffers& b) {
+                  const PrefillBuffers& b) {
   const PageLayout& p = args.page;
   const int64_t rows = task_rows(args, task);
   const int32_t* blocks = args.block_table + task.sequence * args.block_table_stride;
   for (int64_t key = task.key_begin; key < task.key_end; key += kBlockKeys) {
     for (int64_t t = 0; t < kBlockKeys / 16; ++t) {
       // Beyond the end the last tile stands in, with scales of 0: everything multiplied is finite.
-      const int64_t at = min(key + 16 * t, (task.key_end - 1) / 16 * 16), valid = max(task.key_end - key - 16 * t, int64_t{0});
+      const int64_t at = min(key + 16 * t, (task.key_end - 1) / 16 * 16);
+      const int64_t valid = max(task.key_end - key - 16 * t, int64_t{0});
       const uint8_t* page = args.cache + blocks[at / p.tokens] * args.block_stride + task.kv_head * args.head_stride;
       unpack_block_tile(p, s, {page, at % p.tokens, valid}, t, b.block);
     }
-    products.fence();
-    for (int64_t first = 0; first < rows; first += kPanelRows) {
-      const int64_t last_row = min(first + kPanelRows, rows) - 1;
-      const bool seen = task.position + last_row / args.group >= key &&
-                        (args.window < 0 || task.position + first / args.group - args.window + 1 < key + kBlockKeys);
-      if (seen) attend_panel(args, task, s, key, first, products, b);
-    }
+    // Causality and the window each cut off rows at one end.
+    const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+    int64_t begin = 0, end = panels;
+    const auto position = [&](int64_t row) { return task.position + min(row, rows - 1) / args.group; };
+    while (begin < end && position((begin + 1) * kPanelRows - 1) < key) ++begin;
+    while (args.window >= 0 && begin < end && position((end - 1) * kPanelRows) - args.window + 1 >= key + kBlockKeys)
+      --end;
+    if (begin < end) attend_block<Products>(args, task, s, key, begin, end, b);
   }
 }
 
@@ -129,8 +177,10 @@ void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
     if (round) next = static_cast<uint8_t*>(thread_scratch(Slot::attention, reinterpret_cast<intptr_t>(next)));
     b.query = reinterpret_cast<uint16_t*>(take(padded * s.dims * 2));
     b.turning = take(kPanelRows * (rotation_depth(p) * 2 + s.dims * 4));
-    b.weight = reinterpret_cast<uint16_t*>(take(kPanelRows * kBlockKeys * 2));
-    for (float*& score : b.score) score = reinterpret_cast<float*>(take(kPanelRows * kBlockKeys * 4));
+    for (int i = 0; i < 2; ++i) {
+      b.weight[i] = reinterpret_cast<uint16_t*>(take(kPanelRows * kBlockKeys * 2));
+      for (float*& score : b.score[i]) score = reinterpret_cast<float*>(take(kPanelRows * kBlockKeys * 4));
+    }
     b.sum = reinterpret_cast<float*>(take(padded * s.width * 4));
     b.row_max = reinterpret_cast<float*>(take(padded * 4));
     b.denominator = reinterpret_cast<float*>(take(padded * 4));
@@ -140,17 +190,17 @@ void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
   }
   // Rows of dims that are only padding stay 0, whatever lay there: 0 · NaN would be NaN. Weights of spare rows too.
   __builtin_memset(b.block.key, 0, static_cast<size_t>(kBlockKeys / 16 * s.key_bytes));
-  __builtin_memset(b.weight, 0, static_cast<size_t>(kPanelRows * kBlockKeys) * 2);
-  const Products products;
+  for (uint16_t* weight : b.weight) __builtin_memset(weight, 0, static_cast<size_t>(kPanelRows * kBlockKeys) * 2);
+  [[maybe_unused]] const Products products;  // what the products need while they last
   alignas(64) float ordered[kMaxHeadDim + 64];
   for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
     AttentionTask one = task;
     one.kv_head += kv;
     one.kv_heads = 1;
-    load_panels(args, one, s, products, b.turning, b.query);
+    load_panels<Products>(args, one, s, b.turning, b.query);
     __builtin_memset(b.sum, 0, static_cast<size_t>(padded * s.width) * 4);
     for (int64_t r = 0; r < padded; ++r) b.row_max[r] = kUnseen, b.denominator[r] = 0.0f;
-    prefill_head(args, one, s, products, b);
+    prefill_head<Products>(args, one, s, b);
     const int64_t half = p.low_padded / 2;
     for (int64_t r = 0; r < rows; ++r) {
       const float* sum = b.sum + r * s.width;

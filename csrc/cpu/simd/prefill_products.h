@@ -10,19 +10,16 @@ namespace {
 class Bf16Tiles {
  public:
   Bf16Tiles() : scope_(shapes_) {}
-  void fence() const { tile_fence(); }
+  static void fence() { tile_fence(); }
 
-  // Blocks of 32 x 32: four accumulators, two tiles of A, two of B.
-  void multiply(const Product& x, bool add) const {
-    tile_fence();
-    int64_t t = 0;
-    for (; t + 2 <= x.tiles; t += 2) block<2>(x, t, add);
-    if (t < x.tiles) block<1>(x, t, add);
+  // Tiles `tile` and `tile` + 1 of a product, as far as it has them: four accumulators, two tiles of A, two of B.
+  static void block(const Product& x, int64_t tile, bool add) {
+    tile + 1 < x.tiles ? columns<2>(x, tile, add) : columns<1>(x, tile, add);
   }
 
  private:
   template <int kColumns>
-  static void block(const Product& x, int64_t tile, bool add) {
+  static void columns(const Product& x, int64_t tile, bool add) {
     float* c = x.c + 16 * tile;
     float* below = c + 16 * x.c_floats;
     const int64_t stride = x.c_floats * 4;
@@ -59,13 +56,9 @@ class Bf16Tiles {
 
 class Bf16Vectors {
  public:
-  void fence() const {}
-  void multiply(const Product& x, bool add) const {
-    int64_t t = 0;
-    for (; t + 2 <= x.tiles; t += 2)
-      for (int64_t r = 0; r < kPanelRows; r += 8) block<2>(x, t, r, add);
-    if (t < x.tiles)
-      for (int64_t r = 0; r < kPanelRows; r += 8) block<1>(x, t, r, add);
+  static void fence() {}
+  static void block(const Product& x, int64_t tile, bool add) {
+    for (int64_t r = 0; r < kPanelRows; r += 8) tile + 1 < x.tiles ? rows<2>(x, tile, r, add) : rows<1>(x, tile, r, add);
   }
 
  private:
@@ -76,7 +69,7 @@ class Bf16Vectors {
 
   // 8 rows of 16 or 32 columns.
   template <int kColumns>
-  static void block(const Product& x, int64_t tile, int64_t row, bool add) {
+  static void rows(const Product& x, int64_t tile, int64_t row, bool add) {
     const int64_t a_stride = x.a_bytes / 2;
     const uint16_t* a = x.a + row * a_stride;
     const uint8_t* b = x.b + tile * x.b_bytes;

@@ -87,8 +87,8 @@ RESQ_INLINE void round_part(const float* x, int64_t dims, int64_t width, uint16_
 // All rows of a task with one kv head; rows are padded with zeros to whole panels. scratch: [32, depth] bfloat16 and
 // [32, dims] float32.
 template <class Products>
-void load_panels(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s, const Products& products,
-                 uint8_t* scratch, uint16_t* query) {
+void load_panels(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s, uint8_t* scratch,
+                 uint16_t* query) {
   const PageLayout& p = args.page;
   const int64_t rows = task_rows(args, task), depth = rotation_depth(p), tile_bytes = rotation_tile_bytes(p);
   uint16_t* plain = reinterpret_cast<uint16_t*>(scratch);
@@ -108,9 +108,10 @@ void load_panels(const AttentionArgs& args, const AttentionTask& task, const Pre
                        static_cast<size_t>(p.head_dim) * 2);
     }
     Product x{plain, depth * 2, depth / 32, terms, tile_bytes, s.dims / 16, turned, s.dims};
-    products.multiply(x, false);
+    Products::fence();
+    for (int64_t t = 0; t < x.tiles; t += 2) Products::block(x, t, false);
     x.b += rotation_term_bytes(p);
-    products.multiply(x, true);
+    for (int64_t t = 0; t < x.tiles; t += 2) Products::block(x, t, true);
     for (int64_t r = 0; r < kPanelRows; ++r) {
       uint16_t* to = query + (first + r) * s.dims;
       round_part(turned + r * s.dims, s.low_dims, p.low_padded, to);

@@ -10,7 +10,7 @@
 namespace resq {
 namespace {
 
-constexpr int64_t kBlockKeys = 64;
+constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kZeroDims = 3;  // −Σq as three bfloat16 that add up to 24 bits
 
 struct PrefillShape {
