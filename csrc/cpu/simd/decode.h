@@ -6,7 +6,6 @@
 // `Products` does the two products: VpdpbusdProducts or TileProducts.
 #pragma once
 
-#include "attention_rows.h"
 #include "decode_softmax.h"
 #include "lanes.h"
 
@@ -172,15 +171,7 @@ void attend_chunk(const AttentionArgs& args, const AttentionTask& task, const De
   }
 }
 
-// The sum in the order of the lanes -> padded low part, high part, without the zero points' share.
-void order_sum(const PageLayout& p, const DecodeShape& shape, const float* sum, const float* zero, float* out) {
-  const __m512 low = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(zero)));
-  const __m512 high = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(zero + 16)));
-  const int64_t half = p.low_padded / 2;
-  copy_less(sum, half, low, out);
-  copy_less(sum + 16 * shape.low_lanes, half, low, out + half);
-  copy_less(sum + 32 * shape.low_lanes, p.high_padded, high, out + p.low_padded);
-}
+RESQ_INLINE __m512 add_lanes(const float* x) { return _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(x))); }
 
 template <class Products>
 void decode_task(const AttentionArgs& args, const AttentionTask& task) {
@@ -218,7 +209,6 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   quantize_queries(args, task, shape, passes, rotated, scratch, b);
   const Products products(p, shape, b.products);
   const int32_t* blocks = args.block_table + task.sequence * args.block_table_stride;
-  alignas(64) float ordered[kMaxHeadDim + 64];
   for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
     __builtin_memset(b.sum, 0, static_cast<size_t>(padded * shape.width) * 4);
     __builtin_memset(b.denominator, 0, static_cast<size_t>(padded) * 64);
@@ -237,9 +227,9 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      order_sum(p, shape, b.sum + r * shape.width, b.zero + r * 32, ordered);
-      const float row_max = b.row_max[r] <= kLowest ? kNegativeInfinity : b.row_max[r] * kLn2;
-      finish_row(args, task, kv, r, ordered, row_max, _mm512_reduce_add_ps(_mm512_load_ps(b.denominator + r * 16)));
+      const LaneSum sum{b.sum + r * shape.width, shape.low_lanes, {add_lanes(b.zero + r * 32), add_lanes(b.zero + r * 32 + 16)}};
+      finish_lanes(args, task, kv, r, sum, b.row_max[r], b.row_max[r] > kLowest,
+                   _mm512_reduce_add_ps(_mm512_load_ps(b.denominator + r * 16)));
     }
   }
 }

@@ -23,10 +23,9 @@ struct PrefillBuffers {
 };
 
 // Scores of a row -> probabilities times V's low scale, in bfloat16. Rescales the row's sum when the maximum moves.
-template <int kParts>
+template <int N, int kParts>
 void softmax_panel_row(const BlockScales& s, const float* low, const float* high, int64_t begin, int64_t end,
                        float& row_max, float& denominator, float* sum, int64_t width, uint16_t* weight) {
-  constexpr int N = kBlockKeys / 16;
   __m512 score[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
@@ -34,7 +33,7 @@ void softmax_panel_row(const BlockScales& s, const float* low, const float* high
     if constexpr (kParts == 2)
       score[i] = _mm512_fmadd_ps(_mm512_load_ps(high + 16 * i), _mm512_load_ps(s.key[1] + 16 * i), score[i]);
   }
-  if (begin > 0 || end < kBlockKeys) {
+  if (begin > 0 || end < 16 * N) {
     const __m512i first = key_bound(begin, kBlockKeys), last = key_bound(end, kBlockKeys);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i)
@@ -68,6 +67,17 @@ void softmax_panel_row(const BlockScales& s, const float* low, const float* high
   denominator += _mm512_reduce_add_ps(total);
 }
 
+using RowSoftmax = decltype(&softmax_panel_row<2, 1>);
+
+// For the first `keys` keys of a block, a multiple of 32.
+template <int kParts>
+RowSoftmax row_softmax(int64_t keys) {
+  static_assert(kBlockKeys == 128);
+  static constexpr RowSoftmax list[] = {softmax_panel_row<2, kParts>, softmax_panel_row<4, kParts>,
+                                        softmax_panel_row<6, kParts>, softmax_panel_row<8, kParts>};
+  return list[keys / 32 - 1];
+}
+
 // Blocks of products that wait to be done beside the softmax.
 template <class Products>
 class Waiting {
@@ -95,38 +105,46 @@ class Waiting {
   int64_t products_ = 0, blocks_ = 0, done_ = 0;
 };
 
-template <class Products>
-void push_scores(const PrefillShape& s, const PrefillBuffers& b, int64_t panel, Waiting<Products>& waiting) {
-  const uint16_t* query = b.query + panel * kPanelRows * s.dims;
-  float* const* score = b.score[panel % 2];
-  waiting.push({query, s.dims * 2, s.low_dims / 32, b.block.key, s.key_bytes, kBlockKeys / 16, score[0], kBlockKeys},
-               false);
-  if (s.high_dims)
-    waiting.push({query + s.low_dims, s.dims * 2, s.high_dims / 32, b.block.key + s.low_dims / 2 * 64, s.key_bytes,
-                  kBlockKeys / 16, score[1], kBlockKeys}, false);
-}
-
 // Panels [begin, end) of rows against one block of keys. Three panels are on their way at any time: while the vector
 // ports are busy with the softmax of one, the tile unit forms the scores of the next and the output of the one before.
 template <class Products>
 void attend_block(const AttentionArgs& args, const AttentionTask& task, const PrefillShape& s, int64_t key,
                   int64_t begin, int64_t end, const PrefillBuffers& b) {
-  const auto row_softmax = args.page.parts == 2 ? softmax_panel_row<2> : softmax_panel_row<1>;
+  const int64_t all_rows = task_rows(args, task);
+  const auto position = [&](int64_t row) { return task.position + row / args.group; };
+  // Keys of the block that a panel may see, in whole steps of the products.
+  const auto keys_of = [&](int64_t panel) {
+    const int64_t last = position(min((panel + 1) * kPanelRows, all_rows) - 1);
+    return round_up(min(min(last + 1, task.key_end) - key, kBlockKeys), 32);
+  };
+  const auto push_scores = [&](int64_t panel, Waiting<Products>& waiting) {
+    const uint16_t* query = b.query + panel * kPanelRows * s.dims;
+    Product x{query, s.dims * 2, s.low_dims / 32, b.block.key, s.key_bytes, keys_of(panel) / 16, b.score[panel % 2][0],
+              kBlockKeys};
+    waiting.push(x, false);
+    if (!s.high_dims) return;
+    x.a += s.low_dims;
+    x.b += s.low_dims / 2 * 64;
+    x.steps = s.high_dims / 32;
+    x.c = b.score[panel % 2][1];
+    waiting.push(x, false);
+  };
   for (int64_t panel = begin - 1; panel <= end; ++panel) {
     Waiting<Products> waiting;
-    if (panel + 1 < end) push_scores(s, b, panel + 1, waiting);
+    if (panel + 1 < end) push_scores(panel + 1, waiting);
     if (panel > begin)
-      waiting.push({b.weight[(panel - 1) % 2], kBlockKeys * 2, kBlockKeys / 32, b.block.value, s.value_bytes, s.tiles,
-                    b.sum + (panel - 1) * kPanelRows * s.width, s.width}, true);
+      waiting.push({b.weight[(panel - 1) % 2], kBlockKeys * 2, keys_of(panel - 1) / 32, b.block.value, s.value_bytes,
+                    s.tiles, b.sum + (panel - 1) * kPanelRows * s.width, s.width}, true);
     Products::fence();
     if (begin <= panel && panel < end) {
-      const int64_t first = panel * kPanelRows, rows = min(kPanelRows, task_rows(args, task) - first);
+      const int64_t first = panel * kPanelRows, rows = min(kPanelRows, all_rows - first), keys = keys_of(panel);
+      const RowSoftmax softmax = args.page.parts == 2 ? row_softmax<2>(keys) : row_softmax<1>(keys);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = first + r, position = task.position + row / args.group;
-        const int64_t oldest = args.window < 0 ? 0 : position - args.window + 1;
-        row_softmax(*b.block.scales, b.score[panel % 2][0] + r * kBlockKeys, b.score[panel % 2][1] + r * kBlockKeys,
-                    oldest - key, min(position + 1, task.key_end) - key, b.row_max[row], b.denominator[row],
-                    b.sum + row * s.width, s.width, b.weight[panel % 2] + r * kBlockKeys);
+        const int64_t row = first + r;
+        const int64_t oldest = args.window < 0 ? 0 : position(row) - args.window + 1;
+        softmax(*b.block.scales, b.score[panel % 2][0] + r * kBlockKeys, b.score[panel % 2][1] + r * kBlockKeys,
+                oldest - key, min(position(row) + 1, task.key_end) - key, b.row_max[row], b.denominator[row],
+                b.sum + row * s.width, s.width, b.weight[panel % 2] + r * kBlockKeys);
         waiting.advance(r + 1, kPanelRows);
       }
     }
@@ -142,7 +160,8 @@ void prefill_head(const AttentionArgs& args, const AttentionTask& task, const Pr
   const int64_t rows = task_rows(args, task);
   const int32_t* blocks = args.block_table + task.sequence * args.block_table_stride;
   for (int64_t key = task.key_begin; key < task.key_end; key += kBlockKeys) {
-    for (int64_t t = 0; t < kBlockKeys / 16; ++t) {
+    const int64_t tiles = min(kBlockKeys, round_up(task.key_end - key, 32)) / 16;
+    for (int64_t t = 0; t < tiles; ++t) {
       // Beyond the end the last tile stands in, with scales of 0: everything multiplied is finite.
       const int64_t at = min(key + 16 * t, (task.key_end - 1) / 16 * 16);
       const int64_t valid = max(task.key_end - key - 16 * t, int64_t{0});
@@ -192,7 +211,6 @@ void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
   __builtin_memset(b.block.key, 0, static_cast<size_t>(kBlockKeys / 16 * s.key_bytes));
   for (uint16_t* weight : b.weight) __builtin_memset(weight, 0, static_cast<size_t>(kPanelRows * kBlockKeys) * 2);
   [[maybe_unused]] const Products products;  // what the products need while they last
-  alignas(64) float ordered[kMaxHeadDim + 64];
   for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
     AttentionTask one = task;
     one.kv_head += kv;
@@ -201,15 +219,10 @@ void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
     __builtin_memset(b.sum, 0, static_cast<size_t>(padded * s.width) * 4);
     for (int64_t r = 0; r < padded; ++r) b.row_max[r] = kUnseen, b.denominator[r] = 0.0f;
     prefill_head<Products>(args, one, s, b);
-    const int64_t half = p.low_padded / 2;
     for (int64_t r = 0; r < rows; ++r) {
-      const float* sum = b.sum + r * s.width;
-      const __m512 zeros = _mm512_set1_ps(sum[half]);
-      copy_less(sum, half, zeros, ordered);
-      copy_less(sum + 16 * s.low_tiles, half, zeros, ordered + half);
-      copy_less(sum + 32 * s.low_tiles, p.high_padded, _mm512_setzero_ps(), ordered + p.low_padded);
-      const float row_max = b.row_max[r] <= kUnseen ? kNegativeInfinity : b.row_max[r] * kLn2;
-      finish_row(args, task, kv, r, ordered, row_max, b.denominator[r]);
+      const float* sum = b.sum + r * s.width;  // the spare lane holds Σ P · zero point
+      const LaneSum lanes{sum, s.low_tiles, {_mm512_set1_ps(sum[p.low_padded / 2]), _mm512_setzero_ps()}};
+      finish_lanes(args, task, kv, r, lanes, b.row_max[r], b.row_max[r] > kUnseen, b.denominator[r]);
     }
   }
 }
