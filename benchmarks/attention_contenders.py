@@ -122,7 +122,9 @@ class ResQ(Contender):
         return self._layout.bytes_per_token
 
     def empty_cache(self, blocks: int) -> torch.Tensor:
-        return torch.zeros(blocks, KV_HEADS, BLOCK_TOKENS, self.bytes_per_token, dtype=torch.uint8)
+        cache = torch.zeros(blocks, KV_HEADS, BLOCK_TOKENS, self.bytes_per_token, dtype=torch.uint8)
+        ops.prefer_huge_pages(cache)  # as the attention backend does
+        return cache
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
         ops.kv_write(key, value, cache, slots, self._rotation, self._layout.high, self._layout.low_bits)

@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(resq, m) {
   m.def(
       "attention(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, Tensor? rotation, float scale, int high, int low_bits, int sliding_window) -> ()");
+  m.def("prefer_huge_pages(Tensor x) -> ()");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");
 }
@@ -41,6 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("hadamard", TORCH_BOX(&resq::hadamard));
   m.impl("kv_write", TORCH_BOX(&resq::kv_write));
   m.impl("attention", TORCH_BOX(&resq::attention));
+  m.impl("prefer_huge_pages", TORCH_BOX(static_cast<void (*)(const resq::Tensor&)>(&resq::prefer_huge_pages)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {

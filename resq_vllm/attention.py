@@ -157,6 +157,13 @@ class ResQAttentionImpl(AttentionImpl):
         # vLLM's window counts the token itself, as the op's does; −1 = none.
         self.sliding_window = -1 if sliding_window is None else sliding_window
         self.kv_cache_dtype = kv_cache_dtype
+        self._known_cache = 0  # address of the cache that has been prepared
+
+    def _prepare(self, kv_cache: torch.Tensor) -> None:
+        if kv_cache.numel() and kv_cache.data_ptr() != self._known_cache:
+            self._known_cache = kv_cache.data_ptr()
+            if kv_cache.is_contiguous():
+                ops.prefer_huge_pages(kv_cache)
 
     def do_kv_cache_update(
         self,
@@ -167,6 +174,7 @@ class ResQAttentionImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Pack the new tokens. key, value [T, Hkv, hd] (after RoPE); kv_cache uint8 [blocks, Hkv, N, C]."""
+        self._prepare(kv_cache)
         ops.kv_write(key, value, kv_cache, slot_mapping, layer.key_rotation, self.layout.high, self.layout.low_bits)
 
     def forward(
@@ -188,7 +196,8 @@ class ResQAttentionImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise ResQError("attention over the packed KV cache cannot quantize its output; disable that fusion pass")
         if attn_metadata is None:
-            # vLLM's warm-up and memory profiling: no cache is bound yet.
+            # vLLM's memory profiling, when no cache is bound yet, and its warm-up.
+            self._prepare(kv_cache)
             return output.fill_(0)
         batch = attn_metadata
         ops.attention(

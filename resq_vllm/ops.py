@@ -114,6 +114,14 @@ def hadamard(x: torch.Tensor, groups: int, hadamard_k: torch.Tensor | None = Non
     return torch.ops.resq.hadamard(x, groups, hadamard_k)
 
 
+def prefer_huge_pages(x: torch.Tensor) -> None:
+    """Ask the operating system for 2 MiB pages under contiguous ``x``, whose values stay.
+
+    A hint: without support nothing happens. Decode attention reads the cache a quarter faster with them.
+    """
+    torch.ops.resq.prefer_huge_pages(x)
+
+
 def kv_write(
     key: torch.Tensor,
     value: torch.Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from resq_vllm import ops
@@ -41,3 +42,20 @@ def test_large_weight_begins_on_a_huge_page_and_asks_for_them() -> None:
 def test_small_weight_is_allocated_plainly() -> None:
     packed = packed_weight(64, 64)
     assert packed.untyped_storage().nbytes() == packed.numel()
+
+
+def test_hint_keeps_values_and_reaches_the_mapping() -> None:
+    x = torch.arange(3 * HUGE, dtype=torch.int32)
+    ops.prefer_huge_pages(x)
+    assert torch.equal(x, torch.arange(3 * HUGE, dtype=torch.int32))
+    assert ("hg" in mapping_flags(x.data_ptr() + HUGE)) == SUPPORTED
+
+
+def test_hint_for_less_than_a_page_and_for_nothing() -> None:
+    ops.prefer_huge_pages(torch.zeros(3))
+    ops.prefer_huge_pages(torch.empty(0))
+
+
+def test_hint_needs_one_stretch_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="x must be contiguous"):
+        ops.prefer_huge_pages(torch.zeros(4, 4).T)

@@ -188,6 +188,19 @@ def test_warm_up_has_no_metadata() -> None:
     assert torch.equal(impl().forward(layer(), q, k, v, torch.empty(0), None, out), torch.zeros_like(q))
 
 
+def test_every_cache_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    monkeypatch.setattr(ops, "prefer_huge_pages", lambda x: prepared.append(x.data_ptr()))
+    it, lay, (_, k, v) = impl(), layer(), qkv(4)
+    first, second = empty_cache(), empty_cache()
+    out = torch.zeros(4, HEADS, LAYOUT.head_dim)
+    it.forward(lay, out, k, v, torch.empty(0, dtype=torch.uint8), None, out)
+    for cache in (first, first, second):
+        it.do_kv_cache_update(lay, k, v, cache, slots(0, 0, 4))
+    it.forward(lay, out, k, v, second, None, out)
+    assert prepared == [first.data_ptr(), second.data_ptr()]
+
+
 def test_fused_output_quantization_is_refused() -> None:
     q, k, v = qkv(4)
     with pytest.raises(ResQError, match="cannot quantize its output"):
