@@ -17,6 +17,7 @@ from matplotlib.transforms import Bbox
 
 from offline.compare.cache import write_whole
 from offline.compare.rows import BASELINE, BUDGET_BITS, CompareResult, Row
+from offline.compare.ruined import note, split_ruined
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart; shape and hatch say the same once more.
@@ -62,15 +63,26 @@ def kind(row: Row, result: CompareResult) -> str:
 
 
 def bits_figure(result: CompareResult) -> Figure | None:
-    """Perplexity, on a log scale, against the mean of weight, activation and KV bits; None without a finite one."""
-    rows = [row for row in result.rows if math.isfinite(row.ppl)]
+    """Perplexity, on a log scale, against the mean of weight, activation and KV bits; None without a finite one.
+
+    Ruined models are named in a corner.
+    """
+    rows, ruined = split_ruined(result.rows)
     if not rows:
         return None
     figure, axes = _figure(7.6, 5.2)
     for row in rows:
         colour, marker, _, _ = KINDS[kind(row, result)]
         size = 190 if marker == "*" else 60
-        axes.scatter(row.average_bits, row.ppl, c=colour, marker=marker, s=size, zorder=3, edgecolors="white")
+        axes.scatter(
+            row.average_bits,
+            row.ppl,
+            c=colour,
+            marker=marker,
+            s=size,
+            zorder=4 if marker == "*" else 3,
+            edgecolors="white",
+        )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter() if _span(rows) < 10 else NullFormatter())
@@ -85,6 +97,8 @@ def bits_figure(result: CompareResult) -> Figure | None:
     axes.set_title(f"{result.model}: perplexity against bits")
     present = dict.fromkeys(kind(row, result) for row in rows)
     axes.legend(handles=[_marker(name) for name in KINDS if name in present], frameon=False, fontsize=8)
+    remark = note([(row.label, row.ppl) for row in ruined])
+    axes.text(0.01, 0.99, remark, transform=axes.transAxes, va="top", fontsize=8, color="#606060")
     _label_points(figure, axes, rows)
     return figure
 

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from offline.compare.ruined import note, split_ruined
 from offline.report.comparison import Row
 from offline.report.plots.style import AFTER, BEFORE, INK, NEUTRAL, new_figure, styled
 
-_LABEL_POINTS, _LABEL_LENGTH = 12.0, 90.0  # of a label, in points
+_LABEL_POINTS, _LABEL_LENGTH = 11.0, 60.0  # of a label, in points
 _GAP, _GAP_MOVED = 8.0, 16.0  # between a marker and its label
-_WIDE = 5.0  # a span of perplexities that a linear axis would squeeze
+_ROOM = 0.75  # of the picture's width: a point left of it has room for its label on the right
 
 
 @styled
 def perplexity_scatter(rows: Sequence[Row]) -> Figure:
-    """Rows with a finite perplexity; this project's methods blue, 16 bits grey, the others orange."""
-    shown = sorted((row for row in rows if math.isfinite(row.ppl)), key=lambda row: row.ppl)
+    """This project's methods blue, 16 bits grey, the others orange; ruined models are named at the top.
+
+    At least one of ``rows`` has a finite perplexity.
+    """
+    shown, ruined = split_ruined(sorted(rows, key=lambda row: row.ppl))
     figure = new_figure(4.4)
     axes = figure.subplots()
     for row in shown:
         colour, marker = _look(row.method)
         axes.plot(row.average_bits, row.ppl, marker=marker, color=colour, markersize=7, linestyle="none")
-    if shown[-1].ppl / shown[0].ppl > _WIDE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.08)
+    axes.set_title(note([(row.name, row.ppl) for row in ruined]), fontsize=9, fontweight="normal", color=INK)
     bits = [row.average_bits for row in shown]
-    axes.set_xlim(min(bits) - 0.5, max(bits) + 0.5)
+    # Bits lie between 4 and 16 and crowd near 4.
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(bits) / 1.1, max(bits) * 1.1)
+    axes.set_xticks([tick for tick in (2, 3, 4, 5, 6, 8, 12, 16) if min(bits) / 1.1 <= tick <= max(bits) * 1.1])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("average bits of weights, activations and KV cache")
     axes.set_ylabel("perplexity (lower is better)")
     figure.draw_without_rendering()
+    width = axes.get_window_extent().width
     points = {row.method: axes.transData.transform((row.average_bits, row.ppl)) * 72 / figure.dpi for row in shown}
     for column in _columns(shown, {method: float(point[0]) for method, point in points.items()}):
-        # Labels stand on the inner side of their points.
-        right = column[0].average_bits <= sum(axes.get_xlim()) / 2
+        # Labels stand on the right of their points where there is room.
+        right = axes.transData.transform((column[-1].average_bits, 1))[0] <= axes.get_window_extent().x0 + _ROOM * width
         heights = [float(points[row.method][1]) for row in column]
         for row, place in zip(column, spread(heights, _LABEL_POINTS), strict=True):
             x, y = points[row.method]
@@ -55,7 +60,7 @@ def perplexity_scatter(rows: Sequence[Row]) -> Figure:
                 textcoords="offset points",
                 ha="left" if right else "right",
                 va="center",
-                fontsize=9,
+                fontsize=8,
                 color=INK,
                 arrowprops={"arrowstyle": "-", "color": NEUTRAL, "lw": 0.6, "shrinkB": 4} if moved else None,
             )

@@ -27,7 +27,7 @@ def drawn(figure: Figure | None) -> Figure:
 def test_every_finite_method_is_a_named_point() -> None:
     rows = (*comparison().rows[:1], row("rtn", ppl=math.inf), row("resq"))
     figure = drawn(bits_figure(comparison(rows=rows)))
-    assert sorted(words(figure)) == ["ResQ", "bf16"]
+    assert sorted(words(figure)) == ["ResQ", "above the picture: RTN inf", "bf16"]
     points = [tuple(np.asarray(collection.get_offsets())[0]) for collection in figure.axes[0].collections]
     assert points == [(16, 5.5), (pytest.approx((4.5 + 4.6 + 4.5) / 3), 7.0)]
 
