@@ -97,15 +97,13 @@ def _resq(site: SiteName) -> Callable[[torch.Tensor], Iterator[Linear]]:
         high, high_scale = symmetric_codes(rotated[:, plan.part_index(1)], 8)
         outputs = weight.shape[0]
         stored = pack_int4(low) if low_bits == 4 else low
-        packed, sums = ops.pack_weight(stored, high, low_bits, outputs, segments)
         scales = torch.stack([low_scale[:, 0], high_scale[:, 0]])
-
-        def call(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-            return ops.linear(
-                x, packed, scales, sums, None, outputs, segments, group_bits, plan.hadamard_groups, matrix
-            )
-
-        return _copies((packed, scales, sums), call)
+        tail = outputs, segments, group_bits, plan.hadamard_groups, matrix
+        while True:
+            # Packed anew, not cloned: pack_weight chooses the pages that a loaded layer has.
+            packed, sums = ops.pack_weight(stored, high, low_bits, outputs, segments)
+            own = packed, scales.clone(), sums
+            yield lambda x, own=own: ops.linear(x, *own, None, *tail)  # type: ignore[misc, call-arg]
 
     return build
 
