@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention_kernels.h"
 

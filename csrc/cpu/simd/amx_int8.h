@@ -96,9 +96,11 @@ struct Unpacker {
   }
 };
 
-// acc[32][64] (+)= A · B for 2 row tiles, 32 columns at a time.
-RESQ_INLINE void multiply_two(const int8_t* a, int64_t lda, const uint8_t* b, const Stretch& stretch, int32_t* acc,
-                              Unpacker& unpacker, int64_t pairs) {
+// acc[32][64] (+)= A · B for 2 row tiles, 32 columns at a time. The activations are in the L2 cache, and no prefetcher
+// follows 32 rows: while the second half reads its own from L1, it fetches those that come next, at `ahead` (a tenth
+// faster at 2048 x 2048, M = 1024).
+RESQ_INLINE void multiply_two(const int8_t* a, const int8_t* ahead, int64_t lda, const uint8_t* b,
+                              const Stretch& stretch, int32_t* acc, Unpacker& unpacker, int64_t pairs) {
   constexpr int64_t stride = kSuperblock * 4;
   for (int64_t half = 0; half < 2; ++half) {
     int32_t* c = acc + half * 32;
@@ -124,6 +126,8 @@ RESQ_INLINE void multiply_two(const int8_t* a, int64_t lda, const uint8_t* b, co
       tile_load<5>(a + kTileRows * lda + t * kTileDepth, lda);
       tile_dot<2, 5, 6>();
       tile_dot<3, 5, 7>();
+      if (half == 1)
+        for (int64_t i = 0; i < 2 * kTileRows; ++i) _mm_prefetch(ahead + i * lda + t * kTileDepth, _MM_HINT_T0);
       unpacker.advance(pairs);
     }
     tile_store<0>(c, stride);
@@ -133,8 +137,8 @@ RESQ_INLINE void multiply_two(const int8_t* a, int64_t lda, const uint8_t* b, co
   }
 }
 
-// acc[16][64] (+)= A · B for a single row tile.
-RESQ_INLINE void multiply_one(const int8_t* a, int64_t lda, const uint8_t* b, const Stretch& stretch, int32_t* acc,
+// acc[16][64] (+)= A · B for a single row tile, which nothing follows in this stretch.
+RESQ_INLINE void multiply_one(const int8_t* a, const int8_t*, int64_t lda, const uint8_t* b, const Stretch& stretch, int32_t* acc,
                               Unpacker& unpacker, int64_t pairs) {
   constexpr int64_t stride = kSuperblock * 4;
   if (stretch.first) {
@@ -202,7 +206,9 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int
       const bool two = padded_rows - row > kTileRows;
       // Where a stretch is the whole run, its sums live from here to the epilogue only, in the L1 cache.
       int32_t* sums = acc + (stretch.first && stretch.last ? 0 : row * kSuperblock);
-      (two ? multiply_two : multiply_one)(a + row * args.code_stride, args.code_stride, b, stretch, sums, unpacker, pairs);
+      const int8_t* now = a + row * args.code_stride;
+      const int8_t* ahead = row + 2 * kTileRows < rows ? now + 2 * kTileRows * args.code_stride : a + kDepth;
+      (two ? multiply_two : multiply_one)(now, ahead, args.code_stride, b, stretch, sums, unpacker, pairs);
       const int64_t step = min(rows - row, two ? 2 * kTileRows : kTileRows);
       if (fetch) epilogue.fetch(begin + row, step);
       if (stretch.last) epilogue.finish(stretch.run, begin + row, step, sums, y + row * kSuperblock);

@@ -3,36 +3,14 @@
 // K's tile is laid out like a weight of the linear layer with tokens as outputs, V's likewise with dims as outputs and
 // tokens as the summed index. Both products take q and the weights P·scale as two signed bytes a value (14 bits and the
 // sign, see decode_softmax.h), so nothing is rounded more coarsely than in float16, and codes are never converted.
-// `Products` does the two products: VpdpbusdProducts or TileProducts.
+// `Products` does the two products, in jobs: VpdpbusdProducts or TileProducts.
 #pragma once
 
-#include "decode_softmax.h"
+#include "decode_query.h"
 #include "lanes.h"
 
 namespace resq {
 namespace {
-
-constexpr int64_t kPassRows = 8;  // query rows that are multiplied together: 16 rows of bytes
-
-// Sizes that follow from the page and the number of rows.
-struct DecodeShape {
-  int64_t rows;                   // query rows of a pass
-  int64_t low_bytes, query_bytes; // of a row of query codes: the low part padded to 64, both parts
-  int64_t low_lanes, high_lanes;  // vectors of 16 dims: of one nibble of V's low part, of its high part
-  int64_t width;                  // floats of a sum in that order: low nibbles, high nibbles, high part
-};
-
-DecodeShape decode_shape(const PageLayout& p, int64_t task_rows) {
-  DecodeShape s{};
-  const int64_t passes = (task_rows + kPassRows - 1) / kPassRows;
-  s.rows = (task_rows + passes - 1) / passes;
-  s.low_bytes = round_up(p.low_padded, 64);
-  s.query_bytes = s.low_bytes + round_up(p.high_padded, 64);
-  s.low_lanes = (p.low_padded / 2 + 15) / 16;
-  s.high_lanes = (p.high_padded + 15) / 16;
-  s.width = 16 * (2 * s.low_lanes + s.high_lanes);
-  return s;
-}
 
 struct Chunk {
   const uint8_t* page;
@@ -42,54 +20,31 @@ struct Chunk {
 // Integer operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
 struct PassIntegers {
   const int8_t* query;  // [2 rows, query_bytes]
-  int32_t* score[2];    // [2 rows, kChunk], by part
-  int8_t* weight[2];    // [2 rows, kChunk], by part
-  int32_t* output;      // [2 rows, width]
+  int32_t* score[2];    // [2 rows, kRowStride], by part
+  int8_t* weight[2];    // [2 rows, kRowStride], by part
 };
 
 struct DecodeBuffers {
-  int8_t* query;    // [kv heads, passes, 2 rows, query_bytes]
-  QueryRow* row;    // [kv heads, passes, rows]
-  float *sum, *denominator, *zero, *row_max;  // of one kv head: [rows, width], [rows, 16], [rows, 2, 16], [rows]
-  PassIntegers integers;
+  int8_t* query;
+  QueryRow* row;
+  float* scratch;  // of quantize_queries
+  float *sum, *denominator, *zero, *row_max;  // [kv heads, rows] of width, 16, 2 x 16 and 1
+  int32_t* score[2][2];                       // by slot and part
+  int8_t* weight[2][2];
+  int32_t* output;  // [2 rows, width]
   ChunkScales* scales;
   void* products;
 };
 
-// Codes of all of the task's queries, pass by pass.
-void quantize_queries(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, int64_t passes,
-                      float* rotated, float* scratch, const DecodeBuffers& b) {
-  const PageLayout& p = args.page;
-  const int64_t heads = task.kv_heads * args.group, rows = task_rows(args, task);
-  const float scale = args.scale * kLog2e;
-  alignas(64) float padded[2 * kMaxHeadDim];
-  for (int64_t query = 0; query < task.queries; ++query) {
-    load_rotated(args, task, query, 1, scratch, rotated);
-    for (int64_t h = 0; h < heads; ++h) {
-      const float* from = rotated + h * p.head_dim;
-      for (int64_t i = 0; i < shape.query_bytes; i += 16) _mm512_store_ps(padded + i, _mm512_setzero_ps());
-      __builtin_memcpy(padded, from, static_cast<size_t>(p.low) * 4);
-      __builtin_memcpy(padded + shape.low_bytes, from + p.low, static_cast<size_t>(p.high) * 4);
-      const int64_t r = query * args.group + h % args.group, pass = r / shape.rows, in_pass = r % shape.rows;
-      const int64_t block = h / args.group * passes + pass;
-      int8_t* high = b.query + (block * 2 * shape.rows + in_pass) * shape.query_bytes;
-      int8_t* low = high + shape.rows * shape.query_bytes;
-      QueryRow& row = b.row[block * shape.rows + in_pass];
-      quantize_query(padded, shape.low_bytes, high, low, row.unit[0], row.sum[0]);
-      if (p.high)
-        quantize_query(padded + shape.low_bytes, shape.query_bytes - shape.low_bytes, high + shape.low_bytes,
-                       low + shape.low_bytes, row.unit[1], row.sum[1]);
-      for (int64_t part = 0; part < p.parts; ++part) row.unit[part] *= scale, row.sum[part] *= scale;
-    }
-  }
-  // The last pass may be short: its spare rows are multiplied like the others.
-  for (int64_t kv = 0; kv < task.kv_heads; ++kv)
-    for (int64_t r = rows; r < passes * shape.rows; ++r) {
-      int8_t* high = b.query + ((kv * passes + passes - 1) * 2 * shape.rows + r % shape.rows) * shape.query_bytes;
-      __builtin_memset(high, 0, static_cast<size_t>(shape.query_bytes));
-      __builtin_memset(high + shape.rows * shape.query_bytes, 0, static_cast<size_t>(shape.query_bytes));
-    }
-}
+// One chunk of keys of one kv head for one pass of query rows.
+struct Item {
+  bool valid = false;
+  int64_t kv = 0, pass = 0, key = 0;
+  Chunk chunk{};
+  PassIntegers integers{};
+  float value_unit[2];
+  RowSums sums[kPassRows];
+};
 
 template <int kParts>
 RowSums softmax_tiles(int64_t tiles, const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin,
@@ -119,10 +74,10 @@ ChunkFactors advance_maximum(float chunk_max, float& row_max) {
   return moved ? ChunkFactors{smaller, 1.0f} : ChunkFactors{1.0f, smaller};
 }
 
-void add_outputs(const DecodeShape& shape, const ChunkScales& s, const ChunkFactors& f, const int32_t* high,
+void add_outputs(const DecodeShape& shape, const float* value_unit, const ChunkFactors& f, const int32_t* high,
                  const int32_t* low, float* sum) {
   const __m512 shrink = _mm512_set1_ps(f.shrink);
-  const __m512 unit[2] = {_mm512_set1_ps(f.weight * s.value_unit[0]), _mm512_set1_ps(f.weight * s.value_unit[1])};
+  const __m512 unit[2] = {_mm512_set1_ps(f.weight * value_unit[0]), _mm512_set1_ps(f.weight * value_unit[1])};
   const int64_t low_width = 32 * shape.low_lanes;
   for (int64_t c = 0; c < shape.width; c += 16) {
     const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(high + c), 7),
@@ -132,104 +87,217 @@ void add_outputs(const DecodeShape& shape, const ChunkScales& s, const ChunkFact
   }
 }
 
-// One chunk for one pass of rows; `first` is the pass's first row.
+// The items of a task in order: kv heads, chunks, passes.
+class Items {
+ public:
+  Items(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const DecodeBuffers& b)
+      : args_(args), task_(task), shape_(shape), b_(b), blocks_(args.block_table + task.sequence * args.block_table_stride) {
+    next_.valid = task.key_begin < task.key_end;
+    next_.key = task.key_begin;
+    place();
+  }
+
+  // Of the item that take() will give next; null after the last.
+  const uint8_t* page() const { return next_.valid ? next_.chunk.page : nullptr; }
+
+  Item take() {
+    Item item = next_;
+    if (!item.valid) return item;
+    const int64_t slot = count_++ % 2;
+    item.integers.query = b_.query + (item.kv * shape_.passes + item.pass) * 2 * shape_.rows * shape_.query_bytes;
+    for (int part = 0; part < 2; ++part) {
+      item.integers.score[part] = b_.score[slot][part];
+      item.integers.weight[part] = b_.weight[slot][part];
+    }
+    if (++next_.pass < shape_.passes) return item;
+    next_.pass = 0;
+    next_.key += next_.chunk.tokens;
+    if (next_.key >= task_.key_end) {
+      next_.key = task_.key_begin;
+      next_.valid = ++next_.kv < task_.kv_heads;
+    }
+    place();
+    return item;
+  }
+
+ private:
+  void place() {
+    if (!next_.valid) return;
+    const int64_t tokens = args_.page.tokens, key = next_.key;
+    next_.chunk.page = args_.cache + blocks_[key / tokens] * args_.block_stride +
+                       (task_.kv_head + next_.kv) * args_.head_stride;
+    next_.chunk.token = key % tokens;
+    next_.chunk.tokens = min(min(kChunk, tokens - next_.chunk.token), round_up(task_.key_end - key, kTokenTile));
+  }
+
+  const AttentionArgs& args_;
+  const AttentionTask& task_;
+  const DecodeShape& shape_;
+  const DecodeBuffers& b_;
+  const int32_t* blocks_;
+  Item next_;
+  int64_t count_ = 0;
+};
+
+// Brings a page near while another is computed, a few lines at a time: the hardware's prefetchers stop at every 4 KiB.
+// From memory that is not in the cache, decoding takes 1.5 to 2 times as long without it.
+class Prefetch {
+ public:
+  void start(const uint8_t* at, int64_t bytes) { at_ = at, lines_ = (bytes + 63) / 64, done_ = 0; }
+  // Up to a share of part/whole of the lines.
+  RESQ_INLINE void advance(int64_t part, int64_t whole) {
+    for (; done_ * whole < lines_ * part; ++done_) _mm_prefetch(at_ + done_ * 64, _MM_HINT_T1);
+  }
+
+ private:
+  const uint8_t* at_ = nullptr;
+  int64_t lines_ = 0, done_ = 0;
+};
+
+// Products that wait to be done beside the softmax: outputs of one item, then scores of another.
 template <class Products>
-void attend_chunk(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Chunk& chunk,
-                  int64_t key, int64_t first, const QueryRow* row, const Products& products, const DecodeBuffers& b) {
-  const PassIntegers& n = b.integers;
-  const int64_t count = min(shape.rows, task_rows(args, task) - first);
-  products.scores(chunk, n);
-  RowSums sums[kPassRows];
+class DecodeJobs {
+ public:
+  DecodeJobs(const Products& products, const Item& outputs, const Item& scores, int32_t* output, Prefetch& prefetch)
+      : products_(products), prefetch_(prefetch), outputs_(outputs), scores_(scores), output_(output),
+        output_jobs_(outputs.valid ? products.output_jobs() : 0),
+        jobs_(output_jobs_ + (scores.valid ? products.score_jobs(scores.chunk) : 0)) {}
+  // As many as a share of part/whole of them is.
+  void advance(int64_t part, int64_t whole) {
+    for (; done_ * whole < jobs_ * part; ++done_) {
+      if (done_ < output_jobs_) {
+        products_.output_job(outputs_.chunk, outputs_.integers, done_, output_);
+      } else {
+        products_.score_job(scores_.chunk, scores_.integers, done_ - output_jobs_);
+      }
+      prefetch_.advance(done_ + 1, jobs_);
+    }
+  }
+
+ private:
+  const Products& products_;
+  Prefetch& prefetch_;
+  const Item &outputs_, &scores_;
+  int32_t* output_;
+  int64_t output_jobs_, jobs_, done_ = 0;
+};
+
+template <class Products>
+void softmax_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, Item& item,
+                  const DecodeBuffers& b, DecodeJobs<Products>& jobs) {
+  if (item.pass == 0)
+    load_chunk_scales(args.page, item.chunk.page, item.chunk.token, item.chunk.tokens, task.key_end - item.key,
+                      *b.scales);
+  for (int part = 0; part < 2; ++part) item.value_unit[part] = b.scales->value_unit[part];
+  const int64_t first = item.pass * shape.rows, count = min(shape.rows, task_rows(args, task) - first);
+  const QueryRow* row = b.row + (item.kv * shape.passes + item.pass) * shape.rows;
   for (int64_t r = 0; r < count; ++r) {
     RowIntegers at;
     for (int part = 0; part < 2; ++part) {
       for (int half = 0; half < 2; ++half) {
-        at.score[part][half] = n.score[part] + (half * shape.rows + r) * kChunk;
-        at.weight[part][half] = n.weight[part] + (half * shape.rows + r) * kChunk;
+        at.score[part][half] = item.integers.score[part] + (half * shape.rows + r) * kRowStride;
+        at.weight[part][half] = item.integers.weight[part] + (half * shape.rows + r) * kRowStride;
       }
     }
     const int64_t position = task.position + (first + r) / args.group;
-    const int64_t oldest = args.window < 0 ? 0 : position - args.window + 1;
-    const int64_t end = min(position + 1, task.key_end) - key;
-    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(chunk.tokens / 16, *b.scales, row[r], at, oldest - key, end)
-                                   : softmax_tiles<1>(chunk.tokens / 16, *b.scales, row[r], at, oldest - key, end);
+    const int64_t begin = (args.window < 0 ? 0 : position - args.window + 1) - item.key;
+    const int64_t end = min(position + 1, task.key_end) - item.key, tiles = item.chunk.tokens / 16;
+    item.sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, *b.scales, row[r], at, begin, end)
+                                        : softmax_tiles<1>(tiles, *b.scales, row[r], at, begin, end);
+    jobs.advance(r + 1, count);
   }
-  products.outputs(chunk, n);
+}
+
+void add_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Item& item,
+              const DecodeBuffers& b) {
+  const int64_t rows = task_rows(args, task), first = item.pass * shape.rows, count = min(shape.rows, rows - first);
   for (int64_t r = 0; r < count; ++r) {
-    if (sums[r].highest <= kLowest) continue;
-    const int64_t at = first + r;
-    const ChunkFactors f = advance_maximum(sums[r].highest, b.row_max[at]);
+    const RowSums& sums = item.sums[r];
+    if (!sums.seen) continue;
+    const int64_t at = item.kv * rows + first + r;
+    const ChunkFactors f = advance_maximum(sums.highest, b.row_max[at]);
     const __m512 shrink = _mm512_set1_ps(f.shrink);
-    const auto add = [&](float* to, __m512 what, float factor) {
+    const auto add = [&](float* to, const __m512& what, float factor) {
       _mm512_store_ps(to, _mm512_fmadd_ps(what, _mm512_set1_ps(factor), _mm512_mul_ps(_mm512_load_ps(to), shrink)));
     };
-    add(b.denominator + at * 16, sums[r].denominator, f.weight);
+    add(b.denominator + at * 16, sums.denominator, f.weight);
     for (int64_t part = 0; part < args.page.parts; ++part)
-      add(b.zero + (at * 2 + part) * 16, sums[r].zero[part], f.weight * b.scales->value_unit[part]);
-    add_outputs(shape, *b.scales, f, n.output + r * shape.width, n.output + (shape.rows + r) * shape.width,
+      add(b.zero + (at * 2 + part) * 16, sums.zero[part], f.weight * item.value_unit[part]);
+    add_outputs(shape, item.value_unit, f, b.output + r * shape.width, b.output + (shape.rows + r) * shape.width,
                 b.sum + at * shape.width);
   }
 }
 
 RESQ_INLINE __m512 add_lanes(const float* x) { return _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(x))); }
 
+// Three items are on their way at any time: beside the softmax of one, the outputs of the one before and the scores of
+// the one after are multiplied.
 template <class Products>
 void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   const PageLayout& p = args.page;
-  const int64_t rows = task_rows(args, task), heads = task.kv_heads * args.group;
+  const int64_t rows = task_rows(args, task), all = task.kv_heads * rows;
   const DecodeShape shape = decode_shape(p, rows);
-  const int64_t passes = (rows + shape.rows - 1) / shape.rows, padded = passes * shape.rows;
+  const int64_t padded = task.kv_heads * shape.passes * shape.rows;
   uint8_t* next = nullptr;
-  const auto take = [&](int64_t bytes) {
-    uint8_t* taken = next;
-    next += round_up(bytes, 64);
-    return taken;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+    next += round_up(count * static_cast<int64_t>(sizeof(*pointer)), 64);
   };
   DecodeBuffers b{};
-  float *rotated = nullptr, *scratch = nullptr;
+  uint8_t* products_scratch = nullptr;
   // Once to measure, once to place.
   for (int round = 0; round < 2; ++round) {
     if (round) next = static_cast<uint8_t*>(thread_scratch(Slot::attention, reinterpret_cast<intptr_t>(next)));
-    b.query = reinterpret_cast<int8_t*>(take(task.kv_heads * padded * 2 * shape.query_bytes));
-    b.row = reinterpret_cast<QueryRow*>(take(task.kv_heads * padded * static_cast<int64_t>(sizeof(QueryRow))));
-    rotated = reinterpret_cast<float*>(take(heads * p.head_dim * 4));
-    scratch = reinterpret_cast<float*>(take(heads * p.head_dim * 4));
-    b.sum = reinterpret_cast<float*>(take(padded * shape.width * 4));
-    b.denominator = reinterpret_cast<float*>(take(padded * 64));
-    b.zero = reinterpret_cast<float*>(take(padded * 128));
-    b.row_max = reinterpret_cast<float*>(take(padded * 4));
-    b.scales = reinterpret_cast<ChunkScales*>(take(sizeof(ChunkScales)));
-    for (int part = 0; part < 2; ++part) {
-      b.integers.score[part] = reinterpret_cast<int32_t*>(take(2 * shape.rows * kChunk * 4));
-      b.integers.weight[part] = reinterpret_cast<int8_t*>(take(2 * shape.rows * kChunk));
+    take(b.query, padded * 2 * shape.query_bytes);
+    take(b.row, padded);
+    take(b.scratch, 2 * task.kv_heads * args.group * p.head_dim);
+    take(b.sum, all * shape.width);
+    take(b.denominator, all * 16);
+    take(b.zero, all * 32);
+    take(b.row_max, all);
+    for (int i = 0; i < 4; ++i) {
+      take(b.score[i / 2][i % 2], 2 * shape.rows * kRowStride);
+      take(b.weight[i / 2][i % 2], 2 * shape.rows * kRowStride);
     }
-    b.integers.output = reinterpret_cast<int32_t*>(take(2 * shape.rows * shape.width * 4));
-    b.products = take(Products::scratch_bytes(shape));
+    take(b.output, 2 * shape.rows * shape.width);
+    take(b.scales, 1);
+    take(products_scratch, Products::scratch_bytes(shape));
   }
-  quantize_queries(args, task, shape, passes, rotated, scratch, b);
-  const Products products(p, shape, b.products);
-  const int32_t* blocks = args.block_table + task.sequence * args.block_table_stride;
-  for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
-    __builtin_memset(b.sum, 0, static_cast<size_t>(padded * shape.width) * 4);
-    __builtin_memset(b.denominator, 0, static_cast<size_t>(padded) * 64);
-    __builtin_memset(b.zero, 0, static_cast<size_t>(padded) * 128);
-    for (int64_t r = 0; r < rows; ++r) b.row_max[r] = kLowest;
-    Chunk chunk{};
-    for (int64_t key = task.key_begin; key < task.key_end; key += chunk.tokens) {
-      chunk.page = args.cache + blocks[key / p.tokens] * args.block_stride + (task.kv_head + kv) * args.head_stride;
-      chunk.token = key % p.tokens;
-      chunk.tokens = min(min(kChunk, p.tokens - chunk.token), round_up(task.key_end - key, kTokenTile));
-      load_chunk_scales(p, chunk.page, chunk.token, chunk.tokens, task.key_end - key, *b.scales);
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t block = kv * passes + pass;
-        b.integers.query = b.query + block * 2 * shape.rows * shape.query_bytes;
-        attend_chunk(args, task, shape, chunk, key, pass * shape.rows, b.row + block * shape.rows, products, b);
-      }
+  quantize_queries(args, task, shape, b.scratch, b.query, b.row);
+  __builtin_memset(b.sum, 0, static_cast<size_t>(all * shape.width) * 4);
+  __builtin_memset(b.denominator, 0, static_cast<size_t>(all) * 64);
+  __builtin_memset(b.zero, 0, static_cast<size_t>(all) * 128);
+  for (int64_t r = 0; r < all; ++r) b.row_max[r] = kLowest;
+
+  const Products products(p, shape, products_scratch);
+  Items items(args, task, shape, b);
+  Item pipeline[3];
+  pipeline[0] = items.take();
+  if (pipeline[0].valid) products.prepare_scores(pipeline[0].chunk);
+  Prefetch prefetch;
+  const uint8_t* page = nullptr;
+  for (int64_t i = 0;; ++i) {
+    Item &after = pipeline[i % 3], &now = pipeline[(i + 2) % 3], &before = pipeline[(i + 1) % 3];
+    if (!after.valid && !now.valid && !before.valid) break;
+    if (after.valid) {
+      const uint8_t* ahead = items.page();
+      prefetch.start(ahead, ahead && ahead != page && ahead != after.chunk.page ? p.bytes : 0);
+      page = ahead;
     }
+    DecodeJobs<Products> jobs(products, before, after, b.output, prefetch);
+    if (now.valid) softmax_item(args, task, shape, now, b, jobs);
+    jobs.advance(1, 1);
+    if (before.valid) add_item(args, task, shape, before, b);
+    if (now.valid) products.prepare_outputs(now.chunk);
+    before = items.take();  // the next step's `after`
+    if (before.valid) products.prepare_scores(before.chunk);
+  }
+  for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
     for (int64_t r = 0; r < rows; ++r) {
-      const LaneSum sum{b.sum + r * shape.width, shape.low_lanes, {add_lanes(b.zero + r * 32), add_lanes(b.zero + r * 32 + 16)}};
-      finish_lanes(args, task, kv, r, sum, b.row_max[r], b.row_max[r] > kLowest,
-                   _mm512_reduce_add_ps(_mm512_load_ps(b.denominator + r * 16)));
+      const int64_t at = kv * rows + r;
+      const LaneSum sum{b.sum + at * shape.width, shape.low_lanes, {add_lanes(b.zero + at * 32), add_lanes(b.zero + at * 32 + 16)}};
+      finish_lanes(args, task, kv, r, sum, b.row_max[at], b.row_max[at] > kLowest,
+                   _mm512_reduce_add_ps(_mm512_load_ps(b.denominator + at * 16)));
     }
   }
 }

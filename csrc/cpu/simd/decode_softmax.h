@@ -1,6 +1,6 @@
 // Integer scores of one query row and a chunk of keys -> probabilities times V's scales, in 14 bits.
 //
-// With q = unit · (128·qh + ql) the score is Σ over the parts of unit · scale[t] · (128·Ih + Il − zero[t] · Σq). The
+// With q = unit · (128·qh + ql) the score is unit · Σ over the parts of scale[t] · (128·Ih + Il − zero[t] · Σq). The
 // weight of a value is p[t] · scale[t], held as a multiple of (largest scale of the chunk)/16383: p is relative to the
 // chunk's own maximum, so every chunk uses all 14 bits whatever a sink elsewhere weighs. Error of the output: 3e-5 of
 // the weights, where P in bf16 leaves 2e-3.
@@ -14,13 +14,17 @@ namespace resq {
 namespace {
 
 constexpr int64_t kChunk = 128;  // tokens, at most; a chunk lies within a page
+// Elements between rows of scores and weights: off a power of 2, so that rows and buffers do not lie 4096 bytes apart,
+// where a load waits for any recent store.
+constexpr int64_t kRowStride = kChunk + 64;
 constexpr int32_t kQueryLevels = 127 * 128 + 63;    // qh in [-127, 127], ql in [-64, 63]
 constexpr int32_t kWeightLevels = 127 * 128 + 127;  // both bytes in [0, 127]
-constexpr float kLowest = -3e38f;                   // score of a key that is not seen
+constexpr float kLowest = -3e38f;                   // score of a key that is not seen, in units of q's codes
 
 struct ChunkScales {
   alignas(64) float key[2][kChunk], key_zero[2][kChunk];      // scale; scale · zero point
-  alignas(64) float value[2][kChunk], value_zero[2][kChunk];  // scale / value_unit; zero point
+  alignas(64) float value[2][kChunk];                         // scale / value_unit
+  alignas(64) uint8_t value_zero[2][kChunk];                  // 0 beyond the chunk's tokens
   float value_unit[2];
 };
 
@@ -48,9 +52,12 @@ void load_chunk_scales(const PageLayout& p, const uint8_t* page, int64_t token, 
       _mm512_store_ps(out.key[part] + t, k);
       _mm512_store_ps(out.key_zero[part] + t, _mm512_mul_ps(k, load_zeros(key_zero + t)));
       _mm512_store_ps(out.value[part] + t, v);
-      _mm512_store_ps(out.value_zero[part] + t, load_zeros(value_zero + t));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out.value_zero[part] + t),
+                      _mm_loadu_si128(reinterpret_cast<const __m128i*>(value_zero + t)));
       highest = _mm512_max_ps(highest, v);
     }
+    for (int64_t t = tokens; t < round_up(tokens, 64); t += 16)
+      _mm_store_si128(reinterpret_cast<__m128i*>(out.value_zero[part] + t), _mm_setzero_si128());
     const float unit = _mm512_reduce_max_ps(highest) * (1.0f / kWeightLevels);
     // The last float below 1/unit, so that no weight exceeds the levels by rounding.
     const float inverse = unit > 0.0f ? 0.9999999f / unit : 0.0f;
@@ -61,18 +68,23 @@ void load_chunk_scales(const PageLayout& p, const uint8_t* page, int64_t token, 
 }
 
 struct QueryRow {
-  float unit[2];  // of the parts' codes; the softmax scale and log2 e included
-  float sum[2];   // unit · Σ q
+  float unit;    // of the codes; the softmax scale and log2 e included
+  float sum[2];  // Σ of a part's codes
 };
 
-// x [n], n a multiple of 16 -> two bytes a value; returns the row's unit and sum without the softmax scale.
-void quantize_query(const float* x, int64_t n, int8_t* high, int8_t* low, float& unit, float& sum) {
+// x, its low part of low_n values and n in all (multiples of 16) -> two bytes a value. Queries this small are as good as
+// 0: their scores differ by less than float32 can say.
+constexpr float kSmallestQuery = 1e-20f;
+
+void quantize_query(const float* x, int64_t low_n, int64_t n, float scale, int8_t* high, int8_t* low, QueryRow& row) {
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
   const float amax = _mm512_reduce_max_ps(largest);
-  unit = amax > 0.0f ? amax / kQueryLevels : 1.0f;
+  const float unit = amax > kSmallestQuery ? amax / kQueryLevels : 1.0f;
   const __m512 inverse = _mm512_set1_ps(1.0f / unit);
   __m512i total = _mm512_setzero_si512();
+  row.unit = unit * scale;
+  row.sum[1] = 0.0f;
   for (int64_t i = 0; i < n; i += 16) {
     __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
     q = _mm512_min_epi32(_mm512_max_epi32(q, _mm512_set1_epi32(-kQueryLevels)), _mm512_set1_epi32(kQueryLevels));
@@ -81,20 +93,23 @@ void quantize_query(const float* x, int64_t n, int8_t* high, int8_t* low, float&
     const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 7));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(h));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(l));
+    if (i + 16 == low_n || i + 16 == n) {
+      row.sum[i + 16 > low_n] = static_cast<float>(_mm512_reduce_add_epi32(total));
+      total = _mm512_setzero_si512();
+    }
   }
-  sum = unit * static_cast<float>(_mm512_reduce_add_epi32(total));
 }
 
 // 64 weights, 14 bits each in order of the tokens -> their high and low 7 bits as bytes.
-RESQ_INLINE void split_weights(const __m512i w[4], int8_t* high, int8_t* low) {
+RESQ_INLINE void split_weights(const __m512i w[4], __m512i& high, __m512i& low) {
   const __m512i a = _mm512_packus_epi32(w[0], w[1]), b = _mm512_packus_epi32(w[2], w[3]);
   const __m512i mask = _mm512_set1_epi16(127);
   const __m512i lows = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
   const __m512i highs = _mm512_packus_epi16(_mm512_srli_epi16(a, 7), _mm512_srli_epi16(b, 7));
   // Packing works within 128-bit lanes: quad 4i + l of the tokens is now word 4l + i.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_store_si512(high, _mm512_permutexvar_epi32(order, highs));
-  _mm512_store_si512(low, _mm512_permutexvar_epi32(order, lows));
+  high = _mm512_permutexvar_epi32(order, highs);
+  low = _mm512_permutexvar_epi32(order, lows);
 }
 
 // Where one row's integers lie: [0] low part, [1] high part; then high and low byte of q (or of the weights).
@@ -106,7 +121,8 @@ struct RowIntegers {
 struct RowSums {
   __m512 denominator;  // lanes to be added
   __m512 zero[2];      // Σ weight · zero point, lanes to be added
-  float highest;       // kLowest: the row sees no key of the chunk
+  float highest;       // in powers of 2
+  bool seen;           // any key of the chunk
 };
 
 // A chunk of 16·N tokens, of which [begin, end) are seen.
@@ -115,14 +131,13 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntege
   __m512 score[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    score[i] = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       const __m512i high = _mm512_loadu_si512(at.score[part][0] + 16 * i);
       const __m512i low = _mm512_loadu_si512(at.score[part][1] + 16 * i);
       const __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
-      const __m512 scaled = _mm512_mul_ps(product, _mm512_load_ps(s.key[part] + 16 * i));
-      score[i] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(row.unit[part]), score[i]);
+      const __m512 scale = _mm512_load_ps(s.key[part] + 16 * i);
+      score[i] = part ? _mm512_fmadd_ps(product, scale, score[i]) : _mm512_mul_ps(product, scale);
       score[i] = _mm512_fnmadd_ps(_mm512_load_ps(s.key_zero[part] + 16 * i), _mm512_set1_ps(row.sum[part]), score[i]);
     }
   }
@@ -135,20 +150,22 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntege
   __m512 highest = score[0];
 #pragma GCC unroll 8
   for (int i = 1; i < N; ++i) highest = _mm512_max_ps(highest, score[i]);
-  RowSums sums{_mm512_setzero_ps(), {_mm512_setzero_ps(), _mm512_setzero_ps()}, _mm512_reduce_max_ps(highest)};
-  if (sums.highest <= kLowest) {
+  const float largest = _mm512_reduce_max_ps(highest);
+  RowSums sums{_mm512_setzero_ps(), {_mm512_setzero_ps(), _mm512_setzero_ps()}, largest * row.unit, largest > kLowest};
+  if (!sums.seen) {
     for (int part = 0; part < kParts; ++part)
       for (int half = 0; half < 2; ++half) __builtin_memset(at.weight[part][half], 0, (N + 3) / 4 * 64);
     return sums;
   }
-  const __m512 reference = _mm512_set1_ps(sums.highest);
+  const __m512 unit = _mm512_set1_ps(row.unit), reference = _mm512_set1_ps(sums.highest);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    score[i] = exp2_negative(_mm512_sub_ps(score[i], reference));
+    score[i] = exp2_negative(_mm512_fmsub_ps(score[i], unit, reference));
     sums.denominator = _mm512_add_ps(sums.denominator, score[i]);
   }
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
+    __m512i zero_high = _mm512_setzero_si512(), zero_low = _mm512_setzero_si512();
 #pragma GCC unroll 2
     for (int j = 0; j < N; j += 4) {
       __m512i weight[4];
@@ -159,11 +176,16 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntege
           continue;
         }
         weight[i] = _mm512_cvtps_epi32(_mm512_mul_ps(score[j + i], _mm512_load_ps(s.value[part] + 16 * (j + i))));
-        sums.zero[part] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(weight[i]),
-                                          _mm512_load_ps(s.value_zero[part] + 16 * (j + i)), sums.zero[part]);
       }
-      split_weights(weight, at.weight[part][0] + 16 * j, at.weight[part][1] + 16 * j);
+      __m512i high, low;
+      split_weights(weight, high, low);
+      _mm512_store_si512(at.weight[part][0] + 16 * j, high);
+      _mm512_store_si512(at.weight[part][1] + 16 * j, low);
+      const __m512i zero_point = _mm512_load_si512(s.value_zero[part] + 16 * j);
+      zero_high = _mm512_dpbusd_epi32(zero_high, zero_point, high);
+      zero_low = _mm512_dpbusd_epi32(zero_low, zero_point, low);
     }
+    sums.zero[part] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(zero_high, 7), zero_low));
   }
   return sums;
 }

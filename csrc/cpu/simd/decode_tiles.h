@@ -23,69 +23,75 @@ class TileProducts {
     return kRing * (s.low_bytes / 64) * kTile + 2 * kValueBlock + kSteps * s.high_lanes * kTile;
   }
 
-  void scores(const Chunk& chunk, const PassIntegers& n) const {
-    const int64_t high_tile = page_.high_padded * 16, low_tile = page_.low_padded * 8;
+  // Spread what the first jobs on a chunk need.
+  void prepare_scores(const Chunk& chunk) const {
+    const int64_t low_tile = page_.low_padded * 8;
     const uint8_t* low = chunk.page + page_.key_low + chunk.token / kTokenTile * low_tile;
-    const uint8_t* high = chunk.page + page_.key_high + chunk.token / kTokenTile * high_tile;
-    const int64_t tiles = chunk.tokens / kTokenTile, q_stride = shape_.query_bytes;
-    const int8_t* q = n.query;
-    tile_load<kA>(q, q_stride);
-    if (steps_ > 1) tile_load<kA2>(q + 64, q_stride);
-    if (page_.high) tile_load<kAHigh>(q + shape_.low_bytes, q_stride);
-    for (int64_t t = 0; t < min(tiles, kAhead); ++t) spread_keys(low + t * low_tile, t);
-    for (int64_t t = 0; t < tiles; ++t) {
-      if (t + kAhead < tiles) spread_keys(low + (t + kAhead) * low_tile, t + kAhead);
-      tile_fence();
-      const uint8_t* keys = key_ + t % kRing * steps_ * kTile;
-      tile_zero<kC>();
-      tile_load<kB>(keys, 64);
-      tile_bytes<kC, kA, kB>();
-      if (steps_ > 1) {
-        tile_load<kB2>(keys + kTile, 64);
-        tile_bytes<kC, kA2, kB2>();
-      }
-      for (int64_t s = 2; s < steps_; ++s) {
-        tile_load<kA2>(q + 64 * s, q_stride);
-        tile_load<kB2>(keys + s * kTile, 64);
-        tile_bytes<kC, kA2, kB2>();
-        if (s == steps_ - 1) tile_load<kA2>(q + 64, q_stride);
-      }
-      if (page_.high) {
-        tile_zero<kC2>();
-        tile_load<kBHigh>(high + t * high_tile, 64);
-        tile_bytes<kC2, kAHigh, kBHigh>();
-        tile_store<kC2>(n.score[1] + 16 * t, kChunk * 4);
-      }
-      tile_store<kC>(n.score[0] + 16 * t, kChunk * 4);
-    }
+    for (int64_t i = 0; i < min(chunk.tokens / kTokenTile, kAhead); ++i) spread_keys(low + i * low_tile, i);
+    tile_fence();
+  }
+  void prepare_outputs(const Chunk& chunk) const {
+    const int64_t low_quad = page_.low_padded * 2;
+    spread_values(chunk.page + page_.value_low + chunk.token / 4 * low_quad, low_quad, chunk.tokens / 4, value_low_);
+    tile_fence();
   }
 
-  void outputs(const Chunk& chunk, const PassIntegers& n) const {
+  // One job a tile of 16 keys. Jobs of one kind are done in order; the first loads what they share.
+  int64_t score_jobs(const Chunk& chunk) const { return chunk.tokens / kTokenTile; }
+  void score_job(const Chunk& chunk, const PassIntegers& n, int64_t t) const {
+    const int64_t high_tile = page_.high_padded * 16, low_tile = page_.low_padded * 8;
+    const uint8_t* low = chunk.page + page_.key_low + chunk.token / kTokenTile * low_tile;
+    const int64_t tiles = chunk.tokens / kTokenTile, q_stride = shape_.query_bytes;
+    const int8_t* q = n.query;
+    if (t == 0) {
+      tile_load<kA>(q, q_stride);
+      if (steps_ > 1) tile_load<kA2>(q + 64, q_stride);
+      if (page_.high) tile_load<kAHigh>(q + shape_.low_bytes, q_stride);
+    }
+    const uint8_t* keys = key_ + t % kRing * steps_ * kTile;
+    tile_zero<kC>();
+    tile_load<kB>(keys, 64);
+    tile_bytes<kC, kA, kB>();
+    if (steps_ > 1) {
+      tile_load<kB2>(keys + kTile, 64);
+      tile_bytes<kC, kA2, kB2>();
+    }
+    for (int64_t s = 2; s < steps_; ++s) {
+      tile_load<kA2>(q + 64 * s, q_stride);
+      tile_load<kB2>(keys + s * kTile, 64);
+      tile_bytes<kC, kA2, kB2>();
+      if (s == steps_ - 1) tile_load<kA2>(q + 64, q_stride);
+    }
+    if (page_.high) {
+      const uint8_t* high = chunk.page + page_.key_high + chunk.token / kTokenTile * high_tile;
+      tile_zero<kC2>();
+      tile_load<kBHigh>(high + t * high_tile, 64);
+      tile_bytes<kC2, kAHigh, kBHigh>();
+      tile_store<kC2>(n.score[1] + 16 * t, kRowStride * 4);
+    }
+    tile_store<kC>(n.score[0] + 16 * t, kRowStride * 4);
+    // After the loads above: they would wait for stores as far as 4096 bytes away.
+    if (t + kAhead < tiles) spread_keys(low + (t + kAhead) * low_tile, t + kAhead);
+    tile_fence();
+  }
+
+  // One job a vector of lanes; the last one does the high part.
+  int64_t output_jobs() const { return shape_.low_lanes + (page_.high ? 1 : 0); }
+  void output_job(const Chunk& chunk, const PassIntegers& n, int64_t v, int32_t* out) const {
     const int64_t lanes = shape_.low_lanes, quads = chunk.tokens / 4;
-    const int64_t low_quad = page_.low_padded * 2, high_quad = page_.high_padded * 4;
-    const uint8_t* low = chunk.page + page_.value_low + chunk.token / 4 * low_quad;
     const bool two = chunk.tokens > 64;
-    spread_values(low, low_quad, quads, value_low_);
-    tile_load<kA>(n.weight[0], kChunk);
-    if (two) tile_load<kA2>(n.weight[0] + 64, kChunk);
-    for (int64_t v = 0; v < lanes; ++v) {
-      const uint8_t* values = value_low_ + v % 2 * kValueBlock;
-      if (v + 1 < lanes) spread_values(low + 64 * (v + 1), low_quad, quads, value_low_ + (v + 1) % 2 * kValueBlock);
-      tile_fence();
-      multiply(values, 64, kSteps * kTile / 2, two, n.output + 16 * v);
-      multiply(values + kSteps * kTile, 64, kSteps * kTile / 2, two, n.output + 16 * (lanes + v));
+    if (v == lanes) {
+      high_outputs(chunk, n, two, out + 32 * lanes);
+      return;
     }
-    if (!page_.high) return;
-    const uint8_t* high = chunk.page + page_.value_high + chunk.token / 4 * high_quad;
-    if (chunk.tokens % 64) {  // an incomplete tile read in place could reach past the cache
-      __builtin_memcpy(value_high_, high, static_cast<size_t>(quads * high_quad));
-      high = value_high_;
-      tile_fence();
-    }
-    tile_load<kA>(n.weight[1], kChunk);
-    if (two) tile_load<kA2>(n.weight[1] + 64, kChunk);
-    for (int64_t v = 0; v < shape_.high_lanes; ++v)
-      multiply(high + 64 * v, high_quad, 16 * high_quad, two, n.output + 16 * (2 * lanes + v));
+    const int64_t low_quad = page_.low_padded * 2;
+    const uint8_t* low = chunk.page + page_.value_low + chunk.token / 4 * low_quad;
+    if (v == 0) load_weights(n.weight[0], two);
+    const uint8_t* values = value_low_ + v % 2 * kValueBlock;
+    multiply(values, 64, kTile, two, out + 16 * v);
+    multiply(values + kSteps * kTile, 64, kTile, two, out + 16 * (lanes + v));
+    if (v + 1 < lanes) spread_values(low + 64 * (v + 1), low_quad, quads, value_low_ + (v + 1) % 2 * kValueBlock);
+    tile_fence();
   }
 
  private:
@@ -120,6 +126,23 @@ class TileProducts {
   // Rows past the chunk's quads keep old bytes: their weights are 0.
   static void spread_values(const uint8_t* from, int64_t quad_bytes, int64_t quads, uint8_t* to) {
     for (int64_t i = 0; i < quads; ++i) spread(from + i * quad_bytes, to + 64 * i, to + kSteps * kTile + 64 * i);
+  }
+
+  static void load_weights(const int8_t* weight, bool two) {
+    tile_fence();
+    tile_load<kA>(weight, kRowStride);
+    if (two) tile_load<kA2>(weight + 64, kRowStride);
+  }
+
+  void high_outputs(const Chunk& chunk, const PassIntegers& n, bool two, int32_t* out) const {
+    const int64_t high_quad = page_.high_padded * 4;
+    const uint8_t* high = chunk.page + page_.value_high + chunk.token / 4 * high_quad;
+    if (chunk.tokens % 64) {  // an incomplete tile read in place could reach past the cache
+      __builtin_memcpy(value_high_, high, static_cast<size_t>(chunk.tokens / 4 * high_quad));
+      high = value_high_;
+    }
+    load_weights(n.weight[1], two);
+    for (int64_t v = 0; v < shape_.high_lanes; ++v) multiply(high + 64 * v, high_quad, 16 * high_quad, two, out + 16 * v);
   }
 
   // out [2 rows, 16] = weights [2 rows, 64 or 128 tokens] · V of 16 dims; the second 64 tokens lie `step` further.

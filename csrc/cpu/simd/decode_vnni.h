@@ -7,7 +7,7 @@
 namespace resq {
 namespace {
 
-// out[r · kChunk + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
+// out[r · kRowStride + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
 template <int R, int NT, bool kNibbles>
 void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const int8_t* q, int64_t q_stride,
                   int32_t* out) {
@@ -37,7 +37,7 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int t = 0; t < NT; ++t) _mm512_storeu_si512(out + r * kChunk + 16 * t, acc[r][t]);
+    for (int t = 0; t < NT; ++t) _mm512_storeu_si512(out + r * kRowStride + 16 * t, acc[r][t]);
 }
 
 // As many tiles at a time as the registers hold.
@@ -74,12 +74,12 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
         const __m512i low = _mm512_and_si512(codes, mask);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) dot(acc[r][v][0], low, weight + r * kChunk + 4 * i);
+        for (int r = 0; r < R; ++r) dot(acc[r][v][0], low, weight + r * kRowStride + 4 * i);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) dot(acc[r][v][kFields - 1], high, weight + r * kChunk + 4 * i);
+        for (int r = 0; r < R; ++r) dot(acc[r][v][kFields - 1], high, weight + r * kRowStride + 4 * i);
       } else {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) dot(acc[r][v][0], codes, weight + r * kChunk + 4 * i);
+        for (int r = 0; r < R; ++r) dot(acc[r][v][0], codes, weight + r * kRowStride + 4 * i);
       }
     }
   }
@@ -97,7 +97,10 @@ class VpdpbusdProducts {
   VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*) : page_(page), shape_(shape) {}
   static int64_t scratch_bytes(const DecodeShape&) { return 0; }
 
-  void scores(const Chunk& chunk, const PassIntegers& n) const {
+  void prepare_scores(const Chunk&) const {}
+  void prepare_outputs(const Chunk&) const {}
+  int64_t score_jobs(const Chunk&) const { return 1; }
+  void score_job(const Chunk& chunk, const PassIntegers& n, int64_t) const {
     switch (shape_.rows) {
       case 1: return rows_scores<2>(chunk, n);
       case 2: return rows_scores<4>(chunk, n);
@@ -110,14 +113,15 @@ class VpdpbusdProducts {
     }
   }
 
-  void outputs(const Chunk& chunk, const PassIntegers& n) const {
+  int64_t output_jobs() const { return 1; }
+  void output_job(const Chunk& chunk, const PassIntegers& n, int64_t, int32_t* out) const {
     const int64_t bytes = 2 * shape_.rows;
     for (int64_t r = 0; r < bytes; r += 8) {
       switch (min(bytes - r, int64_t{8})) {
-        case 2: rows_outputs<2>(chunk, n, r); break;
-        case 4: rows_outputs<4>(chunk, n, r); break;
-        case 6: rows_outputs<6>(chunk, n, r); break;
-        default: rows_outputs<8>(chunk, n, r); break;
+        case 2: rows_outputs<2>(chunk, n, r, out); break;
+        case 4: rows_outputs<4>(chunk, n, r, out); break;
+        case 6: rows_outputs<6>(chunk, n, r, out); break;
+        default: rows_outputs<8>(chunk, n, r, out); break;
       }
     }
   }
@@ -135,12 +139,12 @@ class VpdpbusdProducts {
   }
 
   template <int R>
-  void rows_outputs(const Chunk& chunk, const PassIntegers& n, int64_t first) const {
+  void rows_outputs(const Chunk& chunk, const PassIntegers& n, int64_t first, int32_t* output) const {
     constexpr int together = R <= 4 ? 2 : 1;
     const int64_t quads = chunk.tokens / 4, quad = chunk.token / 4;
     const int64_t low_quad = page_.low_padded * 2, high_quad = page_.high_padded * 4;
-    const int8_t* low_weight = n.weight[0] + first * kChunk;
-    int32_t* out = n.output + first * shape_.width;
+    const int8_t* low_weight = n.weight[0] + first * kRowStride;
+    int32_t* out = output + first * shape_.width;
     const int64_t width = shape_.width, nibble_width = 16 * shape_.low_lanes;
     const uint8_t* low = chunk.page + page_.value_low + quad * low_quad;
     int64_t v = 0;
@@ -150,7 +154,7 @@ class VpdpbusdProducts {
       value_products<R, 1, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width);
     const uint8_t* high = chunk.page + page_.value_high + quad * high_quad;
     for (v = 0; v < shape_.high_lanes; ++v)
-      value_products<R, 1, false>(high + v * 64, high_quad, quads, n.weight[1] + first * kChunk,
+      value_products<R, 1, false>(high + v * 64, high_quad, quads, n.weight[1] + first * kRowStride,
                                   out + 2 * nibble_width + 16 * v, width, 0);
   }
 
