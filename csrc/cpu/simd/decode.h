@@ -17,6 +17,22 @@ struct Chunk {
   int64_t token, tokens;  // the first within the page; how many, a multiple of 16
 };
 
+// Brings a page near while another is computed, line by line between other work: the hardware's prefetchers stop at
+// every 4 KiB, and a burst of lines would wait for the few line buffers. Into L2: a page and the buffers together are
+// more than the L1 cache. From memory, decoding takes 1.5 times as long without it.
+class Prefetch {
+ public:
+  void start(const uint8_t* at, int64_t bytes) { at_ = at, end_ = at + bytes; }
+  RESQ_INLINE void next() {
+    if (at_ >= end_) return;
+    _mm_prefetch(at_, _MM_HINT_T1);
+    at_ += 64;
+  }
+
+ private:
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
 // Integer operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
 struct PassIntegers {
   const int8_t* query;  // [2 rows, query_bytes]
@@ -42,8 +58,7 @@ struct Item {
   int64_t kv = 0, pass = 0, key = 0;
   Chunk chunk{};
   PassIntegers integers{};
-  float value_unit[2];
-  RowSums sums[kPassRows];
+  float value_unit[2] = {};
 };
 
 template <int kParts>
@@ -139,27 +154,12 @@ class Items {
   int64_t count_ = 0;
 };
 
-// Brings a page near while another is computed, a few lines at a time: the hardware's prefetchers stop at every 4 KiB.
-// From memory that is not in the cache, decoding takes 1.5 to 2 times as long without it.
-class Prefetch {
- public:
-  void start(const uint8_t* at, int64_t bytes) { at_ = at, lines_ = (bytes + 63) / 64, done_ = 0; }
-  // Up to a share of part/whole of the lines.
-  RESQ_INLINE void advance(int64_t part, int64_t whole) {
-    for (; done_ * whole < lines_ * part; ++done_) _mm_prefetch(at_ + done_ * 64, _MM_HINT_T1);
-  }
-
- private:
-  const uint8_t* at_ = nullptr;
-  int64_t lines_ = 0, done_ = 0;
-};
-
 // Products that wait to be done beside the softmax: outputs of one item, then scores of another.
 template <class Products>
 class DecodeJobs {
  public:
-  DecodeJobs(const Products& products, const Item& outputs, const Item& scores, int32_t* output, Prefetch& prefetch)
-      : products_(products), prefetch_(prefetch), outputs_(outputs), scores_(scores), output_(output),
+  DecodeJobs(const Products& products, const Item& outputs, const Item& scores, int32_t* output)
+      : products_(products), outputs_(outputs), scores_(scores), output_(output),
         output_jobs_(outputs.valid ? products.output_jobs() : 0),
         jobs_(output_jobs_ + (scores.valid ? products.score_jobs(scores.chunk) : 0)) {}
   // As many as a share of part/whole of them is.
@@ -170,13 +170,11 @@ class DecodeJobs {
       } else {
         products_.score_job(scores_.chunk, scores_.integers, done_ - output_jobs_);
       }
-      prefetch_.advance(done_ + 1, jobs_);
     }
   }
 
  private:
   const Products& products_;
-  Prefetch& prefetch_;
   const Item &outputs_, &scores_;
   int32_t* output_;
   int64_t output_jobs_, jobs_, done_ = 0;
@@ -184,7 +182,7 @@ class DecodeJobs {
 
 template <class Products>
 void softmax_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, Item& item,
-                  const DecodeBuffers& b, DecodeJobs<Products>& jobs) {
+                  const DecodeBuffers& b, RowSums* sums, DecodeJobs<Products>& jobs) {
   if (item.pass == 0)
     load_chunk_scales(args.page, item.chunk.page, item.chunk.token, item.chunk.tokens, task.key_end - item.key,
                       *b.scales);
@@ -202,17 +200,17 @@ void softmax_item(const AttentionArgs& args, const AttentionTask& task, const De
     const int64_t position = task.position + (first + r) / args.group;
     const int64_t begin = (args.window < 0 ? 0 : position - args.window + 1) - item.key;
     const int64_t end = min(position + 1, task.key_end) - item.key, tiles = item.chunk.tokens / 16;
-    item.sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, *b.scales, row[r], at, begin, end)
-                                        : softmax_tiles<1>(tiles, *b.scales, row[r], at, begin, end);
+    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, *b.scales, row[r], at, begin, end)
+                                   : softmax_tiles<1>(tiles, *b.scales, row[r], at, begin, end);
     jobs.advance(r + 1, count);
   }
 }
 
 void add_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Item& item,
-              const DecodeBuffers& b) {
+              const RowSums* row_sums, const DecodeBuffers& b) {
   const int64_t rows = task_rows(args, task), first = item.pass * shape.rows, count = min(shape.rows, rows - first);
   for (int64_t r = 0; r < count; ++r) {
-    const RowSums& sums = item.sums[r];
+    const RowSums& sums = row_sums[r];
     if (!sums.seen) continue;
     const int64_t at = item.kv * rows + first + r;
     const ChunkFactors f = advance_maximum(sums.highest, b.row_max[at]);
@@ -269,12 +267,13 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   __builtin_memset(b.zero, 0, static_cast<size_t>(all) * 128);
   for (int64_t r = 0; r < all; ++r) b.row_max[r] = kLowest;
 
-  const Products products(p, shape, products_scratch);
+  Prefetch prefetch;
+  const Products products(p, shape, products_scratch, prefetch);
   Items items(args, task, shape, b);
   Item pipeline[3];
+  RowSums sums[2][kPassRows];
   pipeline[0] = items.take();
   if (pipeline[0].valid) products.prepare_scores(pipeline[0].chunk);
-  Prefetch prefetch;
   const uint8_t* page = nullptr;
   for (int64_t i = 0;; ++i) {
     Item &after = pipeline[i % 3], &now = pipeline[(i + 2) % 3], &before = pipeline[(i + 1) % 3];
@@ -284,10 +283,10 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
       prefetch.start(ahead, ahead && ahead != page && ahead != after.chunk.page ? p.bytes : 0);
       page = ahead;
     }
-    DecodeJobs<Products> jobs(products, before, after, b.output, prefetch);
-    if (now.valid) softmax_item(args, task, shape, now, b, jobs);
+    DecodeJobs<Products> jobs(products, before, after, b.output);
+    if (now.valid) softmax_item(args, task, shape, now, b, sums[i % 2], jobs);
     jobs.advance(1, 1);
-    if (before.valid) add_item(args, task, shape, before, b);
+    if (before.valid) add_item(args, task, shape, before, sums[1 - i % 2], b);
     if (now.valid) products.prepare_outputs(now.chunk);
     before = items.take();  // the next step's `after`
     if (before.valid) products.prepare_scores(before.chunk);

@@ -14,8 +14,8 @@ namespace {
 
 class TileProducts {
  public:
-  TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch)
-      : page_(page), shape_(shape), scope_(shapes(page, shape)), steps_(shape.low_bytes / 64),
+  TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch, Prefetch& prefetch)
+      : page_(page), shape_(shape), prefetch_(prefetch), scope_(shapes(page, shape)), steps_(shape.low_bytes / 64),
         key_(static_cast<uint8_t*>(scratch)), value_low_(key_ + kRing * steps_ * kTile),
         value_high_(value_low_ + 2 * kValueBlock) {}
 
@@ -111,7 +111,9 @@ class TileProducts {
     return s;
   }
 
-  RESQ_INLINE static void spread(const uint8_t* from, uint8_t* low, uint8_t* high) {
+  RESQ_INLINE void spread(const uint8_t* from, uint8_t* low, uint8_t* high) const {
+    prefetch_.next();
+    prefetch_.next();
     const __m512i mask = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(from);
     _mm512_store_si512(low, _mm512_and_si512(codes, mask));
     _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
@@ -124,7 +126,7 @@ class TileProducts {
   }
 
   // Rows past the chunk's quads keep old bytes: their weights are 0.
-  static void spread_values(const uint8_t* from, int64_t quad_bytes, int64_t quads, uint8_t* to) {
+  void spread_values(const uint8_t* from, int64_t quad_bytes, int64_t quads, uint8_t* to) const {
     for (int64_t i = 0; i < quads; ++i) spread(from + i * quad_bytes, to + 64 * i, to + kSteps * kTile + 64 * i);
   }
 
@@ -159,6 +161,7 @@ class TileProducts {
 
   const PageLayout& page_;
   const DecodeShape& shape_;
+  Prefetch& prefetch_;
   const TileScope scope_;
   const int64_t steps_;
   uint8_t *key_, *value_low_, *value_high_;

@@ -10,7 +10,7 @@ namespace {
 // out[r · kRowStride + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
 template <int R, int NT, bool kNibbles>
 void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const int8_t* q, int64_t q_stride,
-                  int32_t* out) {
+                  int32_t* out, Prefetch& prefetch) {
   __m512i acc[R][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -20,6 +20,7 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
   for (int64_t g = 0; g < words; ++g) {
 #pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) {
+      prefetch.next();
       const __m512i codes = _mm512_loadu_si512(tile + t * tile_bytes + g * 64);
       if constexpr (kNibbles) {
         const __m512i low = _mm512_and_si512(codes, mask);
@@ -43,20 +44,20 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
 // As many tiles at a time as the registers hold.
 template <int R, bool kNibbles>
 void key_part(const uint8_t* tile, int64_t tile_bytes, int64_t tiles, int64_t words, const int8_t* q, int64_t q_stride,
-              int32_t* out) {
+              int32_t* out, Prefetch& prefetch) {
   constexpr int together = R <= 4 ? 4 : R <= 8 ? 2 : 1;
   int64_t t = 0;
   for (; t + together <= tiles; t += together)
-    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t);
+    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
   for (; t < tiles; ++t)
-    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t);
+    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
 }
 
 // out[r · width + lane] = Σ over the chunk's tokens of V's codes · weight for NV vectors of lanes; the high nibbles'
 // results follow `nibble_width` later.
 template <int R, int NV, bool kNibbles>
 void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, const int8_t* weight, int32_t* out,
-                    int64_t width, int64_t nibble_width) {
+                    int64_t width, int64_t nibble_width, Prefetch& prefetch) {
   constexpr int kFields = kNibbles ? 2 : 1;
   __m512i acc[R][NV][kFields];
 #pragma GCC unroll 8
@@ -67,6 +68,7 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
       for (int f = 0; f < kFields; ++f) acc[r][v][f] = _mm512_setzero_si512();
   const __m512i mask = _mm512_set1_epi8(15);
   for (int64_t i = 0; i < quads; ++i) {
+    prefetch.next();
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const __m512i codes = _mm512_loadu_si512(quad + i * quad_bytes + v * 64);
@@ -94,7 +96,8 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
 
 class VpdpbusdProducts {
  public:
-  VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*) : page_(page), shape_(shape) {}
+  VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*, Prefetch& prefetch)
+      : page_(page), shape_(shape), prefetch_(prefetch) {}
   static int64_t scratch_bytes(const DecodeShape&) { return 0; }
 
   void prepare_scores(const Chunk&) const {}
@@ -132,10 +135,10 @@ class VpdpbusdProducts {
     const int64_t tile = chunk.token / kTokenTile, tiles = chunk.tokens / kTokenTile;
     const int64_t low_tile = page_.low_padded * 8, high_tile = page_.high_padded * 16;
     key_part<R, true>(chunk.page + page_.key_low + tile * low_tile, low_tile, tiles, page_.low_padded / 8, n.query,
-                      shape_.query_bytes, n.score[0]);
+                      shape_.query_bytes, n.score[0], prefetch_);
     if (page_.high)
       key_part<R, false>(chunk.page + page_.key_high + tile * high_tile, high_tile, tiles, page_.high_padded / 4,
-                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1]);
+                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1], prefetch_);
   }
 
   template <int R>
@@ -149,17 +152,20 @@ class VpdpbusdProducts {
     const uint8_t* low = chunk.page + page_.value_low + quad * low_quad;
     int64_t v = 0;
     for (; v + together <= shape_.low_lanes; v += together)
-      value_products<R, together, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width);
+      value_products<R, together, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width,
+                                        prefetch_);
     for (; v < shape_.low_lanes; ++v)
-      value_products<R, 1, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width);
+      value_products<R, 1, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width,
+                                        prefetch_);
     const uint8_t* high = chunk.page + page_.value_high + quad * high_quad;
     for (v = 0; v < shape_.high_lanes; ++v)
       value_products<R, 1, false>(high + v * 64, high_quad, quads, n.weight[1] + first * kRowStride,
-                                  out + 2 * nibble_width + 16 * v, width, 0);
+                                  out + 2 * nibble_width + 16 * v, width, 0, prefetch_);
   }
 
   const PageLayout& page_;
   const DecodeShape& shape_;
+  Prefetch& prefetch_;
 };
 
 }  // namespace
