@@ -16,11 +16,10 @@ from offline.models.registry import adapter_for
 from offline.pipeline.options import QuantizeOptions
 from offline.pipeline.publish import copied_files
 from offline.pipeline.sites import build_metadata
-from resq_vllm.formats.metadata import QuantizationMetadata
+from resq_vllm.formats.metadata import LMHeadBits
 
 # Enough for the longest scenario (benchmarks.scenarios).
 POSITIONS = 8192
-LM_HEAD_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,11 @@ def bf16_config(shape: Shape) -> dict[str, Any]:
     return config | asdict(shape) | {"tie_word_embeddings": False, "max_position_embeddings": POSITIONS}
 
 
-def resq_config(shape: Shape, lm_head_bits: int = 16) -> dict[str, Any]:
-    """The same model as `resq quantize` with its default options would describe it.
-
-    Raises:
-        ResQError: when this release has no lm_head of that many bits.
-
-    """
+def resq_config(shape: Shape, lm_head_bits: LMHeadBits = 16) -> dict[str, Any]:
+    """The same model as `resq quantize` with its default options and `--lm-head-bits` would describe it."""
     config = bf16_config(shape)
-    options = QuantizeOptions.checked(model="dummy", output=Path("dummy"))
-    described = build_metadata(adapter_for(LlamaConfig(**config)), options).model_dump(mode="json")
-    metadata = QuantizationMetadata.from_dict(
-        described | {"lm_head_bits": lm_head_bits}, f"lm_head of {lm_head_bits} bits"
-    )
+    options = QuantizeOptions.checked(model="dummy", output=Path("dummy"), lm_head_bits=lm_head_bits)
+    metadata = build_metadata(adapter_for(LlamaConfig(**config)), options)
     return config | {"quantization_config": metadata.model_dump(mode="json")}
 
 
@@ -105,7 +96,7 @@ _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True,
 CONFIGS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "bf16": bf16_config,
     "resq": resq_config,
-    "resq-lm8": lambda shape: resq_config(shape, LM_HEAD_BITS),
+    "resq-lm8": lambda shape: resq_config(shape, 8),
     "w8a8": _with(_W8A8),
     "gptq": _with(_GPTQ),
     "awq": _with(_AWQ),

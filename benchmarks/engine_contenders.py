@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dummy_model import LM_HEAD_BITS, SHAPES, Shape, write_models
+from benchmarks.dummy_model import SHAPES, Shape, write_models
 from benchmarks.environment import vllm_environment
 from benchmarks.gguf_model import write_gguf
 from benchmarks.machine import usable_cores
@@ -56,7 +56,7 @@ class EngineContender:
 CONTENDERS: dict[str, EngineContender] = {
     BASELINE: EngineContender("bf16"),
     "resq": EngineContender("resq"),
-    "resq-lm8": EngineContender("resq-lm8", lm_head_bits=LM_HEAD_BITS),
+    "resq-lm8": EngineContender("resq-lm8", lm_head_bits=8),
     "fp8-kv": EngineContender("bf16", options={"kv_cache_dtype": "fp8"}),
     "w8a8": EngineContender("w8a8"),
     "w8a8-zentorch": EngineContender("w8a8", package="zentorch"),

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.dummy_model import CONFIGS, SHAPES, resq_config, write_models
+from benchmarks.dummy_model import CONFIGS, SHAPES, write_models
 from benchmarks.scenarios import SCENARIOS
-from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import QuantizationMetadata
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_models_differ_in_nothing_but_the_quantization(tmp_path: Path, shape: str) -> None:
-    names = [name for name in CONFIGS if name not in ("empty", "resq-lm8")]
+    names = [name for name in CONFIGS if name != "empty"]
     models = write_models(tmp_path, SHAPES[shape].with_vocabulary(32000), names)
     configs = {name: json.loads((path / "config.json").read_text()) for name, path in models.items()}
     metadata = QuantizationMetadata.from_dict(configs["resq"]["quantization_config"])
@@ -35,9 +34,10 @@ def test_longest_scenario_has_positions() -> None:
     assert max(scenario.prompt + scenario.output for scenario in SCENARIOS) < positions
 
 
-def test_lm_head_bits_that_no_release_has() -> None:
-    with pytest.raises(ResQError, match="lm_head of 3 bits: field lm_head_bits is invalid"):
-        resq_config(SHAPES["small"], lm_head_bits=3)
+def test_8_bit_lm_head_is_all_that_differs() -> None:
+    plain, head = (CONFIGS[name](SHAPES["small"])["quantization_config"] for name in ("resq", "resq-lm8"))
+    assert QuantizationMetadata.from_dict(head).lm_head_bits == 8
+    assert {key for key in head if head[key] != plain[key]} == {"lm_head_bits", "format_version"}
 
 
 def test_empty_model_has_hardly_any_weights() -> None:
