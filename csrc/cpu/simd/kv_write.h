@@ -16,10 +16,28 @@ struct PartCodes {
   uint8_t zero;
 };
 
-// x [n] -> codes [n], one scale and zero point.
+// Values i .. of x [n], 0 beyond the end: a range includes 0 anyway. A head's parts are rarely whole vectors, and the
+// scalar rest took longer than the vectors.
+RESQ_INLINE VF load_some(const float* x, int64_t i, int64_t n) {
+  if (i + W <= n) return load(x + i);
+#if defined(RESQ_TU_AVX512)
+  return (VF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << (n - i)) - 1), x + i);
+#else
+  VF v = {};
+  __builtin_memcpy(&v, x + i, static_cast<size_t>(n - i) * 4);
+  return v;
+#endif
+}
+
+// x [n] -> codes [n], one scale and zero point. Writes up to W - 1 bytes past the last code.
 PartCodes quantize_part(const float* x, int64_t n, int32_t bits, uint8_t* codes) {
-  float low = 0.0f, high = 0.0f;
-  widen_range(x, n, low, high);
+  VF lows = {}, highs = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const VF v = load_some(x, i, n);
+    lows = min(lows, v);
+    highs = max(highs, v);
+  }
+  const float low = reduce_min(lows), high = reduce_max(highs);
   const int32_t levels = (1 << bits) - 1;
   float step = (high - low) / static_cast<float>(levels);
   step = half_to_float(float_to_half(min(step, kFloat16Max)));
@@ -28,15 +46,10 @@ PartCodes quantize_part(const float* x, int64_t n, int32_t bits, uint8_t* codes)
   const float limit = 4096.0f;
   int32_t zero = round_to_int(max(min(-low / step, limit), 0.0f));
   if (zero > levels) zero = levels;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const VF ratio = max(min(load(x + i) / step, splat(limit)), splat(-limit));
+  for (int64_t i = 0; i < n; i += W) {
+    const VF ratio = max(min(load_some(x, i, n) / step, splat(limit)), splat(-limit));
     const VI q = min(max(round_to_int(ratio) + zero, VI{}), splat(levels));
     *reinterpret_cast<VBMem*>(codes + i) = __builtin_convertvector(q, VB);
-  }
-  for (; i < n; ++i) {
-    const int32_t q = round_to_int(max(min(x[i] / step, limit), -limit)) + zero;
-    codes[i] = static_cast<uint8_t>(q < 0 ? 0 : q > levels ? levels : q);
   }
   return {float_to_half(step), static_cast<uint8_t>(zero)};
 }
@@ -49,21 +62,41 @@ void pack_key_bytes(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t
 
 void pack_key_nibbles(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
   uint8_t* tile = plane + (token / kTokenTile) * (width / 8) * 64 + (token % kTokenTile) * 4;
-  for (int64_t g = 0; g < width / 8; ++g)
-    for (int64_t j = 0; j < 4; ++j)
-      tile[g * 64 + j] = static_cast<uint8_t>(codes[8 * g + j] | codes[8 * g + 4 + j] << 4);
+  for (int64_t g = 0; g < width / 8; ++g) {
+    uint32_t first, second;
+    __builtin_memcpy(&first, codes + 8 * g, 4);
+    __builtin_memcpy(&second, codes + 8 * g + 4, 4);
+    first |= second << 4;  // codes are below 16: nothing crosses a byte
+    __builtin_memcpy(tile + g * 64, &first, 4);
+  }
+}
+
+// Byte `token` % 4 of `lanes` words. Only that byte is written: other threads write its neighbours.
+RESQ_INLINE void put_lanes(uint8_t* words, int64_t token, const uint8_t* bytes, int64_t lanes) {
+  int64_t c = 0;
+#if defined(RESQ_TU_AVX512)
+  const int shift = static_cast<int>(token % 4);
+  const __mmask64 byte = 0x1111111111111111ull << shift;
+  const __m128i count = _mm_cvtsi32_si128(8 * shift);
+  for (; c < lanes; c += 16) {
+    const __mmask64 mask = lanes - c >= 16 ? byte : byte & ((1ull << 4 * (lanes - c)) - 1);
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + c)));
+    _mm512_mask_storeu_epi8(words + 4 * c, mask, _mm512_sll_epi32(wide, count));
+  }
+#endif
+  for (; c < lanes; ++c) words[4 * c + token % 4] = bytes[c];
 }
 
 // Planes of V: one 32-bit word per lane, 4 tokens side by side.
 void pack_value_bytes(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
-  uint8_t* word = plane + (token / 4) * width * 4 + token % 4;
-  for (int64_t c = 0; c < width; ++c) word[4 * c] = codes[c];
+  put_lanes(plane + (token / 4) * width * 4, token, codes, width);
 }
 
 void pack_value_nibbles(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
   const int64_t lanes = width / 2;
-  uint8_t* word = plane + (token / 4) * lanes * 4 + token % 4;
-  for (int64_t c = 0; c < lanes; ++c) word[4 * c] = static_cast<uint8_t>(codes[c] | codes[c + lanes] << 4);
+  alignas(64) uint8_t both[kMaxHeadDim / 2 + 64];
+  for (int64_t c = 0; c < lanes; ++c) both[c] = static_cast<uint8_t>(codes[c] | codes[c + lanes] << 4);
+  put_lanes(plane + (token / 4) * lanes * 4, token, both, lanes);
 }
 
 // One head of one token. which: 0 = K, 1 = V.
