@@ -18,7 +18,7 @@ RESQ_INLINE int64_t task_rows(const AttentionArgs& args, const AttentionTask& ta
 
 // `count` query tokens from `query` on, for every head of the task, as float32 rows [token, kv_heads · group, head_dim]
 // rotated by U_C. `scratch` is as large as `out`.
-void load_rotated(const AttentionArgs& args, const AttentionTask& task, int64_t query, int64_t count, float* scratch,
+[[maybe_unused]] void load_rotated(const AttentionArgs& args, const AttentionTask& task, int64_t query, int64_t count, float* scratch,
                   float* out) {
   const int64_t dim = args.page.head_dim, heads = task.kv_heads * args.group, rows = count * heads;
   float* plain = args.rotation ? scratch : out;
@@ -58,7 +58,7 @@ void finish_row(const AttentionArgs& args, const AttentionTask& task, int64_t kv
 }
 
 // Σ_i e^{m_i − m} · sum_i and the same of the denominators, over the shares of one context.
-void merge_shares(const AttentionArgs& args, const AttentionMerge& merge) {
+[[maybe_unused]] void merge_shares(const AttentionArgs& args, const AttentionMerge& merge) {
   const AttentionTask& first = merge.shares[0];
   const int64_t rows = task_rows(args, first), width = attention_width(args.page);
   alignas(64) float sum[kMaxHeadDim + 64];
