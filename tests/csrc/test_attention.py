@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -154,14 +155,30 @@ def test_phases(layout: KVLayout, lengths: list[tuple[int, int]], dtype: torch.d
     Batch(layout, lengths, 2, 4, 32, seed=5, dtype=dtype).run()
 
 
+@pytest.mark.parametrize("layout", [KVLayout(64, 8), KVLayout(128, 16), KVLayout(96, 12), KVLayout(64, 0)])
+@pytest.mark.parametrize("window", [-1, 100])
+def test_prefill_of_several_blocks_and_panels(layout: KVLayout, window: int) -> None:
+    for lengths, group, size in (([(400, 400)], 4, 128), ([(390, 170), (67, 67)], 3, 48), ([(200, 150)], 1, 16)):
+        Batch(layout, lengths, 2, group, size, seed=13, dtype=torch.bfloat16, window=window).run()
+
+
+@pytest.mark.parametrize("layout", [KVLayout(64, 8), KVLayout(128, 16), KVLayout(18, 5), KVLayout(256, 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_of_many_shapes(layout: KVLayout, dtype: torch.dtype) -> None:
+    for group, size, new, window in ((1, 128, 1, -1), (5, 48, 1, 90), (8, 16, 2, -1), (12, 128, 1, -1), (3, 32, 4, 5)):
+        lengths = [(300, new), (129, new), (new, new), (47, new)]
+        Batch(layout, lengths, 3, group, size, seed=14, dtype=dtype, window=window).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [-1, 700])
 @pytest.mark.parametrize("new", [1, 5])
-def test_long_context_is_split_and_merged(new: int, window: int) -> None:
+def test_long_context_is_split_and_merged(new: int, window: int, dtype: torch.dtype) -> None:
     threads = torch.get_num_threads()
     for n in (1, 2, 5):
         torch.set_num_threads(n)
         try:
-            Batch(KVLayout(64, 8), [(2500, new)], 1, 4, 128, seed=6, window=window).run()
+            Batch(KVLayout(64, 8), [(2500, new)], 1, 4, 128, seed=6, window=window, dtype=dtype).run()
         finally:
             torch.set_num_threads(threads)
 
@@ -187,15 +204,16 @@ def test_chunks_agree_with_one_prefill() -> None:
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
 
 
-def test_strided_query_output_and_cache() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_query_output_and_cache(dtype: torch.dtype) -> None:
     layout = KVLayout(64, 8)
     wide_cache = random_cache(layout, 6, 4, 16, 9).view(3, 2, 4, 16, -1)
     cache = wide_cache[:, 1, ::2]
-    fused = torch.randn(5, 12, 64, generator=generator(9))
-    query, wide_out = fused[:, :8], torch.full((5, 16, 64), UNTOUCHED)
-    arguments = (torch.tensor([[2, 0, 1]]).int(), torch.tensor([40]).int(), torch.tensor([0, 5]).int(), None, 0.2)
+    fused = torch.randn(20, 12, 64, generator=generator(9)).to(dtype)
+    query, wide_out = fused[:, :8], torch.full((20, 16, 64), UNTOUCHED, dtype=dtype)
+    arguments = (torch.tensor([[2, 0, 1]]).int(), torch.tensor([40]).int(), torch.tensor([0, 20]).int(), None, 0.2)
     ops.attention(query, cache, wide_out[:, ::2], *arguments, 8, 4)
-    expected = torch.empty(5, 8, 64)
+    expected = torch.empty(20, 8, 64, dtype=dtype)
     ops.attention(query.contiguous(), cache.contiguous(), expected, *arguments, 8, 4)
     assert torch.equal(wide_out[:, ::2], expected)
     assert (wide_out[:, 1::2] == UNTOUCHED).all()
@@ -223,6 +241,44 @@ def test_huge_scores_do_not_overflow() -> None:
         with running(isa):
             ops.attention(query, cache, out, table, lens, starts, None, 1.0, 8, 4)
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e3])
+def test_queries_of_any_magnitude_in_bfloat16(tokens: int, magnitude: float) -> None:
+    layout = KVLayout(64, 8)
+    cache = random_cache(layout, 4, 1, 16, 15)
+    query = (torch.randn(tokens, 2, 64, generator=generator(15)) * magnitude).bfloat16()
+    batch = (torch.arange(4).int()[None], torch.tensor([60]).int(), torch.tensor([0, tokens]).int(), None, 0.125)
+    exact = reference.attention(query, cache, *batch, layout, dtype=torch.float64)
+    torch_result = _bfloat16_attention(query, cache, *batch, layout, -1)
+    for isa in ISAS:
+        out = torch.empty_like(query)
+        with running(isa):
+            ops.attention(query, cache, out, *batch, 8, 4)
+        assert_no_worse(out, torch_result, exact, floor=2**-8)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_a_sink_does_not_drown_the_tail(tokens: int) -> None:
+    """One key takes half of the weight; what the thousands of others add up to must survive."""
+    layout, size, context = KVLayout(64, 8), 128, 2048
+    key, value = torch.randn(context, 1, 64, generator=generator(16)) * 0.05, torch.ones(context, 1, 64)
+    query = torch.randn(1, 2, 64, generator=generator(17)).expand(tokens, 2, 64).bfloat16().contiguous()
+    key[0] = query[0].float().mean(0) * (8 * math.log(context)) / query[0].float().mean(0).square().sum()
+    value[0] = -1.0
+    cache = torch.zeros(context // size, 1, size, layout.bytes_per_token, dtype=torch.uint8)
+    ops.kv_write(key, value, cache, torch.arange(context), None, 8, 4)
+    table, lens = torch.arange(context // size).int()[None], torch.tensor([context]).int()
+    batch = (table, lens, torch.tensor([0, tokens]).int(), None, 0.125)
+    exact = reference.attention(query, cache, *batch, layout, dtype=torch.float64)
+    assert exact.abs().max() < 0.9
+    torch_result = _bfloat16_attention(query, cache, *batch, layout, -1)
+    for isa in ISAS:
+        out = torch.empty_like(query)
+        with running(isa):
+            ops.attention(query, cache, out, *batch, 8, 4)
+        assert_no_worse(out, torch_result, exact, floor=1e-3)
 
 
 def test_bad_arguments_are_named() -> None:
