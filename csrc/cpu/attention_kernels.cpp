@@ -30,7 +30,8 @@ Features detect() {
 AttentionPaths attention_paths(const Kernels& k, const AttentionArgs& args) {
   static const Features features = detect();
   // 8-bit low parts and negative scales are rare, and float32 callers want float32 results.
-  if (args.page.low_bits != 4 || !(args.scale > 0.0f) || args.query_dtype == DType::f32 || args.out_dtype == DType::f32) return {};
+  const bool full_precision = args.query_dtype == DType::f32 || args.out_dtype == DType::f32;
+  if (args.page.low_bits != 4 || !(args.scale > 0.0f) || full_precision) return {};
   const bool tiles = std::strcmp(k.name, "amx_int8") == 0;  // chosen only where the process may use tiles
   if (!tiles && std::strcmp(k.name, "avx512_vnni") != 0) return {};
   AttentionPaths paths;

@@ -91,7 +91,8 @@ void run_attention(const AttentionArgs& call, const AttentionBatch& batch) {
   const AttentionPaths paths = attention_paths(k, args);
   work.clear();
   make_work(args, batch, paths, k.attention, threads, work);
-  if (paths.prefill && std::any_of(work.begin(), work.end(), [&](const Work& w) { return w.kernel == paths.prefill; })) {
+  const auto prefills = [&](const Work& w) { return w.kernel == paths.prefill; };
+  if (paths.prefill && std::any_of(work.begin(), work.end(), prefills)) {
     prepared.resize(std::max<size_t>(prepared.size(), paths.prepare.bytes(args)));
     paths.prepare.fill(args, prepared.data());
     args.prepared = prepared.data();

@@ -62,8 +62,10 @@ void load_chunk_scales(const PageLayout& p, const uint8_t* page, int64_t token, 
     // The last float below 1/unit, so that no weight exceeds the levels by rounding.
     const float inverse = unit > 0.0f ? 0.9999999f / unit : 0.0f;
     out.value_unit[part] = unit > 0.0f ? 1.0f / inverse : 0.0f;
-    for (int64_t t = 0; t < tokens; t += 16)
-      _mm512_store_ps(out.value[part] + t, _mm512_mul_ps(_mm512_load_ps(out.value[part] + t), _mm512_set1_ps(inverse)));
+    for (int64_t t = 0; t < tokens; t += 16) {
+      float* value = out.value[part] + t;
+      _mm512_store_ps(value, _mm512_mul_ps(_mm512_load_ps(value), _mm512_set1_ps(inverse)));
+    }
   }
 }
 

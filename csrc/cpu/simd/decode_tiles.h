@@ -144,7 +144,8 @@ class TileProducts {
       high = value_high_;
     }
     load_weights(n.weight[1], two);
-    for (int64_t v = 0; v < shape_.high_lanes; ++v) multiply(high + 64 * v, high_quad, 16 * high_quad, two, out + 16 * v);
+    for (int64_t v = 0; v < shape_.high_lanes; ++v)
+      multiply(high + 64 * v, high_quad, 16 * high_quad, two, out + 16 * v);
   }
 
   // out [2 rows, 16] = weights [2 rows, 64 or 128 tokens] · V of 16 dims; the second 64 tokens lie `step` further.

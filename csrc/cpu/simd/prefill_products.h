@@ -58,7 +58,8 @@ class Bf16Vectors {
  public:
   static void fence() {}
   static void block(const Product& x, int64_t tile, bool add) {
-    for (int64_t r = 0; r < kPanelRows; r += 8) tile + 1 < x.tiles ? rows<2>(x, tile, r, add) : rows<1>(x, tile, r, add);
+    for (int64_t r = 0; r < kPanelRows; r += 8)
+      tile + 1 < x.tiles ? rows<2>(x, tile, r, add) : rows<1>(x, tile, r, add);
   }
 
  private:

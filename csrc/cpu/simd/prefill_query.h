@@ -104,7 +104,8 @@ void load_panels(const AttentionArgs& args, const AttentionTask& task, const Pre
       const int64_t token = task.query_row + (first + r) / args.group;
       const int64_t head = task.kv_head * args.group + (first + r) % args.group;
       __builtin_memcpy(plain + r * depth,
-                       element(args.query, DType::bf16, token * args.query_token_stride + head * args.query_head_stride),
+                       static_cast<const uint16_t*>(args.query) + token * args.query_token_stride +
+                           head * args.query_head_stride,
                        static_cast<size_t>(p.head_dim) * 2);
     }
     Product x{plain, depth * 2, depth / 32, terms, tile_bytes, s.dims / 16, turned, s.dims};

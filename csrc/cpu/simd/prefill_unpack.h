@@ -127,7 +127,7 @@ void unpack_value_tile(const PageLayout& p, const PrefillShape& s, const TilePla
   const uint8_t* zeros = at.page + p.zeros + p.parts * p.tokens + at.token;
   alignas(64) uint32_t zero_pair[16];
   const __m512i z = load_words_of_bytes(zeros);
-  _mm512_store_si512(zero_pair, pair_of_codes(z, _mm512_permutexvar_epi32(_mm512_setr_epi32(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14), z)));
+  _mm512_store_si512(zero_pair, pair_of_codes(z, _mm512_shuffle_epi32(z, _MM_PERM_CDAB)));  // even words are used
   for (int64_t quad = 0; quad < 4; ++quad) {
     const uint8_t* low = at.page + p.value_low + (at.token / 4 + quad) * lanes * 4;
     uint8_t* rows = to + (row + 2 * quad) * 64;
