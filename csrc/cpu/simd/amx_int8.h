@@ -138,8 +138,8 @@ RESQ_INLINE void multiply_two(const int8_t* a, const int8_t* ahead, int64_t lda,
 }
 
 // acc[16][64] (+)= A · B for a single row tile, which nothing follows in this stretch.
-RESQ_INLINE void multiply_one(const int8_t* a, const int8_t*, int64_t lda, const uint8_t* b, const Stretch& stretch, int32_t* acc,
-                              Unpacker& unpacker, int64_t pairs) {
+RESQ_INLINE void multiply_one(const int8_t* a, const int8_t*, int64_t lda, const uint8_t* b,
+                              const Stretch& stretch, int32_t* acc, Unpacker& unpacker, int64_t pairs) {
   constexpr int64_t stride = kSuperblock * 4;
   if (stretch.first) {
     tile_zero<0>();

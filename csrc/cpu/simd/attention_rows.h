@@ -18,8 +18,8 @@ RESQ_INLINE int64_t task_rows(const AttentionArgs& args, const AttentionTask& ta
 
 // `count` query tokens from `query` on, for every head of the task, as float32 rows [token, kv_heads · group, head_dim]
 // rotated by U_C. `scratch` is as large as `out`.
-[[maybe_unused]] void load_rotated(const AttentionArgs& args, const AttentionTask& task, int64_t query, int64_t count, float* scratch,
-                  float* out) {
+[[maybe_unused]] void load_rotated(const AttentionArgs& args, const AttentionTask& task, int64_t query, int64_t count,
+                                   float* scratch, float* out) {
   const int64_t dim = args.page.head_dim, heads = task.kv_heads * args.group, rows = count * heads;
   float* plain = args.rotation ? scratch : out;
   for (int64_t r = 0; r < rows; ++r) {

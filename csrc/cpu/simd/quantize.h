@@ -127,7 +127,8 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
     }
   }
 
-  Group* found = static_cast<Group*>(thread_scratch(Slot::group_range, plan.n_groups * static_cast<int64_t>(sizeof(Group))));
+  const int64_t bytes = plan.n_groups * static_cast<int64_t>(sizeof(Group));
+  Group* found = static_cast<Group*>(thread_scratch(Slot::group_range, bytes));
   float* scale = args.scale + row * plan.n_groups;
   int32_t* zero = args.zero + row * plan.n_groups;
   const int32_t* groups = plan.group_list + plan.block_groups[block_begin];
