@@ -9,7 +9,7 @@
 #pragma once
 
 #include "amx_epilogue.h"
-#include "amx_tiles.h"
+#include "tiles.h"
 
 namespace resq {
 namespace {
@@ -120,12 +120,12 @@ RESQ_INLINE void multiply_two(const int8_t* a, const int8_t* ahead, int64_t lda,
       const uint8_t* p = b + (t * 4 + half * 2) * 1024;
       tile_load<6>(p, 64);
       tile_load<4>(a + t * kTileDepth, lda);
-      tile_dot<0, 4, 6>();
+      tile_bytes<0, 4, 6>();
       tile_load<7>(p + 1024, 64);
-      tile_dot<1, 4, 7>();
+      tile_bytes<1, 4, 7>();
       tile_load<5>(a + kTileRows * lda + t * kTileDepth, lda);
-      tile_dot<2, 5, 6>();
-      tile_dot<3, 5, 7>();
+      tile_bytes<2, 5, 6>();
+      tile_bytes<3, 5, 7>();
       if (half == 1)
         for (int64_t i = 0; i < 2 * kTileRows; ++i) _mm_prefetch(ahead + i * lda + t * kTileDepth, _MM_HINT_T0);
       unpacker.advance(pairs);
@@ -156,13 +156,13 @@ RESQ_INLINE void multiply_one(const int8_t* a, const int8_t*, int64_t lda, const
     const uint8_t* p = b + t * 4096;
     tile_load<4>(a + t * kTileDepth, lda);
     tile_load<5>(p, 64);
-    tile_dot<0, 4, 5>();
+    tile_bytes<0, 4, 5>();
     tile_load<6>(p + 1024, 64);
-    tile_dot<1, 4, 6>();
+    tile_bytes<1, 4, 6>();
     tile_load<7>(p + 2048, 64);
-    tile_dot<2, 4, 7>();
+    tile_bytes<2, 4, 7>();
     tile_load<5>(p + 3072, 64);
-    tile_dot<3, 4, 5>();
+    tile_bytes<3, 4, 5>();
     unpacker.advance(pairs);
   }
   tile_store<0>(acc, stride);
@@ -185,7 +185,8 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int
   // Tile products per column of tiles in a stretch, to spread the unpacking over them.
   const int64_t visits = padded_rows / (2 * kTileRows) * 2 + padded_rows / kTileRows % 2;
 
-  const TileUnit unit;
+  static constexpr TileShapes shapes;
+  const TileScope scope(shapes);
   Unpacker unpacker{plan, args.packed + superblock * plan.superblock_bytes, {}};
   Epilogue epilogue(args, superblock);
   unpacker.next(scratch);
@@ -199,7 +200,7 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t begin, int
     const int64_t portions = visits * stretch.tiles;
     const int64_t pairs = more ? (unpacker.rows / 2 + portions - 1) / portions : 0;
     const int8_t* a = args.codes + begin * args.code_stride + plan.runs[stretch.run].activation_at + stretch.k;
-    memory_fence();
+    tile_fence();
     if (stretch.first) epilogue.take_run(stretch.run);
     const bool fetch = stretch.first && stretch.run + 1 == plan.n_runs;
     for (int64_t row = 0; row < rows;) {
