@@ -14,6 +14,7 @@ from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.hadamard import hadamard_matrix
 from resq_vllm.log import log_once
+from resq_vllm.memory import release_freed
 from resq_vllm.reference import weight_scale_rows
 from resq_vllm.vllm_api import (
     ChannelQuantScaleParameter,
@@ -134,7 +135,8 @@ class ResQLinearMethod(LinearMethodBase):
         second = _take(layer, low_rank.SECOND)
         _parameter(layer, low_rank.FIRST, _take(layer, low_rank.FIRST))
         _parameter(layer, low_rank.SECOND, None if second is None else low_rank.join(second, layer.resq_output_sizes))
-        del layer.resq_loads
+        del layer.resq_loads, low, high, scales
+        release_freed()
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op, then A and B."""

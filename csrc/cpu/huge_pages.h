@@ -13,4 +13,8 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 void prefer_huge_pages(void* data, int64_t bytes);
 void collapse_pages(void* data, int64_t bytes);
 
+// Drops the contents of [data, data + bytes), freshly allocated memory: what an earlier owner had touched takes no
+// memory until it is written again, and can then become a 2 MiB page.
+void forget_pages(void* data, int64_t bytes);
+
 }  // namespace resq

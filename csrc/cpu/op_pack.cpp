@@ -16,6 +16,7 @@ namespace {
 Tensor empty_weight(int64_t bytes, const Tensor& like) {
   if (bytes < kHugePage) return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   Tensor whole = torch::stable::new_empty(like, {bytes + kHugePage}, ScalarType::Byte);
+  forget_pages(whole.mutable_data_ptr(), bytes + kHugePage);
   const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(whole.mutable_data_ptr()) % kHugePage);
   Tensor weight = torch::stable::narrow(whole, 0, past ? kHugePage - past : 0, bytes);
   prefer_huge_pages(weight.mutable_data_ptr(), bytes);

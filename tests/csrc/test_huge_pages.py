@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import struct
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,30 @@ def test_large_weight_begins_on_a_huge_page_and_asks_for_them() -> None:
 def test_small_weight_is_allocated_plainly() -> None:
     packed = packed_weight(64, 64)
     assert packed.untyped_storage().nbytes() == packed.numel()
+
+
+def resident_pages(begin: int, end: int) -> int:
+    """Whole pages of [begin, end) that occupy memory: bit 63 of their entries in the page map."""
+    size = resource.getpagesize()
+    first, last = -(-begin // size), end // size
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        pages.seek(8 * first)
+        entries = pages.read(8 * max(0, last - first))
+    return sum(entry >> 63 for (entry,) in struct.iter_unpack("<Q", entries))
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="this system has no /proc/self/pagemap")
+def test_room_for_alignment_takes_no_memory() -> None:
+    # Blocks of this size come from memory that was touched before, once one of them has been freed.
+    for _ in range(3):
+        touched = torch.ones(8 * HUGE, dtype=torch.uint8)
+        del touched
+        packed = packed_weight(2048, 2048)
+        storage = packed.untyped_storage()
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        assert resident_pages(begin, packed.data_ptr()) == 0
+        assert resident_pages(packed.data_ptr() + packed.numel(), end) == 0
+        assert resident_pages(packed.data_ptr(), packed.data_ptr() + packed.numel()) > 0
 
 
 def test_hint_keeps_values_and_reaches_the_mapping() -> None:
