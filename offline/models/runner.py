@@ -15,6 +15,8 @@ from offline.models.layer import LoadedLayer, Transform
 from offline.models.source import ModelSource
 from resq_vllm.errors import ResQError
 
+_HEAD_ROWS = 16384
+
 
 def make_batches(sequences: Sequence[torch.Tensor], max_tokens: int = 4096) -> list[torch.Tensor]:
     """Neighbouring sequences [1, T] of equal length joined to [B, T] with B·T <= ``max_tokens`` (at least one each).
@@ -48,9 +50,7 @@ class LayerRunner:
         self.config._attn_implementation = ATTENTION_NAME
         self._rotary = self.adapter.rotary(self.config).to(self.device)
 
-    def layer(
-        self, index: int, tensors: Mapping[str, torch.Tensor] | None = None, copy: bool = True
-    ) -> LoadedLayer:
+    def layer(self, index: int, tensors: Mapping[str, torch.Tensor] | None = None, copy: bool = True) -> LoadedLayer:
         """Decoder layer ``index`` with ``tensors`` (full names; all of the layer's), or with the model's own.
 
         ``copy=False``: use tensors of the runner's dtype and device as they are, for a layer whose weights will not be
@@ -126,4 +126,9 @@ class LayerRunner:
         norm.weight = torch.nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
         head = self.source.lm_head() if lm_head is None else lm_head
         normed = norm(hidden) if rounding is None else rounding(norm(hidden))
-        return torch.nn.functional.linear(normed, head.to(self.device, self.dtype))
+        logits = normed.new_empty(*normed.shape[:-1], len(head))
+        # In blocks: the whole lm_head in float32 would be the largest tensor of all.
+        for start in range(0, len(head), _HEAD_ROWS):
+            rows = head[start : start + _HEAD_ROWS].to(self.device, self.dtype)
+            logits[..., start : start + len(rows)] = torch.nn.functional.linear(normed, rows)
+        return logits

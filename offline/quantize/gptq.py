@@ -94,7 +94,7 @@ def _attempts(damping: float) -> list[tuple[torch.dtype, float]]:
 
 
 def _inverse_factor(matrix: torch.Tensor, dtype: torch.dtype, ridge: float) -> torch.Tensor | None:
-    """L⁻¹ of ``matrix`` + ridge·I, in its place where ``dtype`` is its own; None, and it is as before, if that fails."""
+    """L⁻¹ of ``matrix`` + ridge·I, in its place if ``dtype`` is its own; None, and it is as before, when that fails."""
     work = matrix.to(dtype)
     factor = InPlaceCholesky(work, ridge)
     # A factor may "succeed" with a vanishing pivot that a later division turns into infinity.

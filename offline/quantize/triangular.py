@@ -1,4 +1,4 @@
-"""Cholesky factors in the room of their matrix: second moments of wide layers are what quantizing needs most memory for.
+"""Cholesky factors in the room of their matrix: second moments of wide layers take more memory than anything else.
 
 Everything works on blocks of columns with matrix products, at LAPACK's speed, and needs temporaries of a block of
 columns. torch's own routines copy their inputs, up to four matrices at once.

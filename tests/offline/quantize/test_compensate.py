@@ -102,14 +102,16 @@ def streamed(folder: Path, site: SiteName) -> tuple[SiteInputs, torch.Tensor, li
 
 def test_both_models_are_streamed_batch_by_batch(tmp_path: Path) -> None:
     found, x, _, _ = streamed(tmp_path, "gate_up")
-    assert found.cross is not None and found.outputs is None
+    assert found.outputs is None
+    assert found.cross is not None
     torch.testing.assert_close(found.cross, 0.5 * 2 / 23 * x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_with_fewer_outputs_than_inputs_needs_only_their_moments(tmp_path: Path) -> None:
     found, x, _, layer = streamed(tmp_path, "down")
     weight = layer.weight("down")
-    assert found.outputs is not None and found.cross is None
+    assert found.cross is None
+    assert found.outputs is not None
     torch.testing.assert_close(found.outputs, 0.5 * 2 / 23 * (x @ weight.T).T @ x, rtol=1e-4, atol=1e-4)
     # Both forms ask for the same weight.
     other, ours = weight.clone(), weight.clone()
