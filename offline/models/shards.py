@@ -108,7 +108,7 @@ class ShardReader:
             begin, end = self._data_offsets(path)[name]
             with path.open("rb") as file:
                 file.seek(begin)
-                if file.readinto(value.reshape(-1).view(torch.uint8).numpy()) != end - begin:
+                if file.readinto(value.reshape(-1).view(torch.uint8).numpy().data) != end - begin:
                     raise OSError("the file ends before it")
         except (OSError, ValueError, KeyError) as error:
             raise ResQError(f"{path}: tensor {name} cannot be read ({error}); download it again") from error
