@@ -21,7 +21,7 @@ from offline.card import model_card
 from offline.evaluate.dataset import load_dataset
 from offline.evaluate.perplexity import Perplexity
 from offline.evaluate.sequences import tokenizer_sequences
-from offline.memory import peak_memory
+from offline.memory import memory_bound, peak_memory, resident_memory
 from offline.models.runner import LayerRunner, make_batches
 from offline.models.source import ModelSource
 from offline.pack.writer import check_free
@@ -52,6 +52,7 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
     killed (or fails with ``resume``) leaves ``OUTPUT.resq-work`` to continue from.
     """
     check_free(options.output)
+    program = resident_memory()
     source = ModelSource.open(options.model)
     lqer = options.method != "resq"
     metadata = lqer_metadata(source.adapter, options) if lqer else build_metadata(source.adapter, options)
@@ -71,9 +72,13 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
         kind: type[Job] = LQERJob if lqer else _ResQJob
         kind(options, source, metadata, runner, sequences, text, fingerprint, work).all()
     work.remove()
+    bound = memory_bound(source.adapter, sum(s.numel() for s in sequences))
+    peak = peak_memory()
     print(
-        f"{options.output} is ready (peak memory {peak_memory():.1f} GiB); serve it with: vllm serve {options.output}"
+        f"peak memory {peak:.2f} GiB: the program {program:.2f}, the model {peak - program:.2f} (its embedding, two "
+        f"decoder layers and the calibration activations in float32: {bound:.2f})"
     )
+    print(f"{options.output} is ready; serve it with: vllm serve {options.output}")
 
 
 class _ResQJob(Job):
@@ -84,12 +89,9 @@ class _ResQJob(Job):
         return LayerQuantizer(self.runner, self.metadata, self.source.dtype, self.options.rtn)
 
     def all(self) -> None:
-        bases = self.bases()
-        high_hidden = high_count(self.adapter.hidden_size, self.options.high_fraction)
-        high_head = high_count(self.adapter.head_dim, self.options.high_fraction)
-        rotations = bases.compose(high_hidden, high_head, self.options.seed).to(self.runner.device)
+        rotations, energy = self.rotations()
         self.save_top(rotations)
-        self.layers(rotations, bases.down_energy)
+        self.layers(rotations, energy)
         before, after = self.perplexities(
             lambda i: served_layer(self.quantizer, i, self.layer_tensors(i), rotations.layer(i).key)
         )
@@ -106,6 +108,13 @@ class _ResQJob(Job):
             # A run that is killed here leaves its half-written folder where --resume cleans up.
             self.work.path,
         )
+
+    def rotations(self) -> tuple[Rotations, torch.Tensor]:
+        """U_A, U_B and U_C, and the mean energy [L, f] of down_proj's input channels."""
+        bases = self.bases()
+        high_hidden = high_count(self.adapter.hidden_size, self.options.high_fraction)
+        high_head = high_count(self.adapter.head_dim, self.options.high_fraction)
+        return bases.compose(high_hidden, high_head, self.options.seed).to(self.runner.device), bases.down_energy
 
     def bases(self) -> Bases:
         """Pass 1, or what an earlier run saved of it."""

@@ -69,6 +69,11 @@ class SiteInputs:
         factor.restore()
 
 
+# Tokens at a time through the layers, if sequences are that short: what passes between the linears of an MLP would
+# otherwise take more room than the second moments. Each time costs a pass over those.
+_TOKENS = 1024
+
+
 class LayerInputs:
     """Streams a layer's calibration inputs site by site, beside those of the float layer."""
 
@@ -95,7 +100,8 @@ class LayerInputs:
         """
         accumulator = HessianAccumulator(columns)
         if self._float_layer is None:
-            self._layer.stream_inputs(self._hiddens, site, accumulator.add)
+            for hidden in self._hiddens:
+                self._layer.stream_inputs(_pieces(hidden), site, accumulator.add)
             return SiteInputs(accumulator.hessian())
         weights = [self._layer.weight(name) for name in SITE_LINEARS[site]]
         outputs = sum(map(len, weights))
@@ -103,16 +109,17 @@ class LayerInputs:
         cross = torch.zeros(
             outputs if narrow else columns, columns, dtype=torch.float64, device=self._hiddens[0].device
         )
-        for hidden, x in zip(self._hiddens, self._float_inputs(site), strict=True):
+        pieces = (piece for hidden in self._hiddens for piece in _pieces(hidden))
+        for hidden, x in zip(pieces, self._float_inputs(site), strict=True):
+            if narrow:
+                x = torch.cat([x @ weight.T for weight in weights], 1)
             rows: list[torch.Tensor] = []
             self._layer.stream_inputs([hidden], site, rows.append)
-            accumulator.add(rows[0])
             x_hat = rows.pop().float()
-            start = 0
-            for y in (x @ weight.float().T for weight in weights) if narrow else (x,):
-                for part in blocks(y.shape[1]):
-                    cross[start : start + part.stop - part.start].add_(y[:, part].T @ x_hat)
-                    start += part.stop - part.start
+            accumulator.add(x_hat)
+            for part in blocks(x.shape[1]):
+                cross[part].add_(x[:, part].T @ x_hat)
+            del x, x_hat  # or they would wait for the next ones beside them
         moment = cross.mul_(2 / accumulator.tokens).float()
         del cross
         return SiteInputs(accumulator.hessian(), **{"outputs" if narrow else "cross": moment})
@@ -125,16 +132,25 @@ class LayerInputs:
             self._float_layer = None
 
     def _float_inputs(self, site: SiteName) -> Iterator[torch.Tensor]:
-        """The float model's inputs [B·T, K] of ``site``, batch by batch."""
-        layer, hiddens = self._float_layer, self._float_hiddens
+        """The float model's inputs [tokens, K] of ``site``, piece by piece."""
+        layer = self._float_layer
+        if layer is None:
+            return
         rows: list[torch.Tensor] = []
-        for position, hidden in enumerate(hiddens):
-            if layer is None:
-                return
-            if site == SITES[-1]:
-                hiddens[position] = layer.forward(hidden, {site: rows.append})
-            else:
-                layer.stream_inputs([hidden], site, rows.append)
-            yield rows.pop().flatten(0, -2).float()
+        for position, hidden in enumerate(self._float_hiddens):
+            behind: list[torch.Tensor] = []
+            for piece in _pieces(hidden):
+                if site == SITES[-1]:
+                    behind.append(layer.forward(piece, {site: rows.append}))
+                else:
+                    layer.stream_inputs([piece], site, rows.append)
+                yield rows.pop().flatten(0, -2).float()
+            if behind:
+                self._float_hiddens[position] = torch.cat(behind)
         if site == SITES[-1]:
             self._float_layer = None
+
+
+def _pieces(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Whole sequences of a batch [B, T, d]."""
+    return hidden.split(max(1, _TOKENS // hidden.shape[1]))

@@ -27,7 +27,7 @@ from resq_vllm.reference import kv_fake_quantize, round_activation
 # Per site the outputs are computed five times: a sample small beside any calibration set keeps that below 5 % of it.
 SAMPLE_TOKENS = 1024
 # Output channels at a time: errors of a whole linear would take ten times its own memory.
-_ROW_CHUNK = 1024
+_ROW_CHUNK = 512
 # More digits would only show in which order a machine adds.
 _DIGITS = 4
 

@@ -17,7 +17,7 @@ from resq_vllm.hadamard import hadamard_matrix, hadamard_order, sylvester
 
 NORM_READERS: dict[NormName, tuple[LinearName, ...]] = {"input": ("q", "k", "v"), "post": ("gate", "up")}
 # Rows of an embedding rotated at a time: float64 copies of a 150k-row table would not fit beside it.
-ROW_CHUNK = 4096
+ROW_CHUNK = 1024
 
 
 def fold_norms(
