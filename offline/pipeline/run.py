@@ -2,8 +2,9 @@
 
 Two passes over the model, one decoder layer in memory at a time. The first runs the float model and sums second
 moments (-> bases); the second rotates and fuses each layer, quantizes it on what the quantized layers before it put
-out, and keeps its checkpoint tensors in the work folder. Memory: the embedding, two decoder layers in float32 and the
-calibration activations (twice in pass 2: the float model's run beside the quantized one's).
+out, and keeps its checkpoint tensors in the work folder. Memory: two decoder layers in float32, the calibration
+activations (twice in pass 2: the float model's run beside the quantized one's) and one matrix of second moments. The
+embedding and lm_head wait in the work folder meanwhile.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 
 from offline.finite import all_finite
 from offline.models.adapter import SITE_LINEARS
-from offline.models.layer import LoadedLayer
+from offline.models.layer import LoadedLayer, pieces
 from offline.quantize.hessian import HessianAccumulator
 from offline.quantize.triangular import InPlaceCholesky, blocks
 from resq_vllm.errors import ResQError
@@ -69,11 +69,6 @@ class SiteInputs:
         factor.restore()
 
 
-# Tokens at a time through the layers, if sequences are that short: what passes between the linears of an MLP would
-# otherwise take more room than the second moments. Each time costs a pass over those.
-_TOKENS = 1024
-
-
 class LayerInputs:
     """Streams a layer's calibration inputs site by site, beside those of the float layer."""
 
@@ -101,7 +96,7 @@ class LayerInputs:
         accumulator = HessianAccumulator(columns)
         if self._float_layer is None:
             for hidden in self._hiddens:
-                self._layer.stream_inputs(_pieces(hidden), site, accumulator.add)
+                self._layer.stream_inputs(pieces(hidden), site, accumulator.add)
             return SiteInputs(accumulator.hessian())
         weights = [self._layer.weight(name) for name in SITE_LINEARS[site]]
         outputs = sum(map(len, weights))
@@ -109,8 +104,8 @@ class LayerInputs:
         cross = torch.zeros(
             outputs if narrow else columns, columns, dtype=torch.float64, device=self._hiddens[0].device
         )
-        pieces = (piece for hidden in self._hiddens for piece in _pieces(hidden))
-        for hidden, x in zip(pieces, self._float_inputs(site), strict=True):
+        parts = (piece for hidden in self._hiddens for piece in pieces(hidden))
+        for hidden, x in zip(parts, self._float_inputs(site), strict=True):
             if narrow:
                 x = torch.cat([x @ weight.T for weight in weights], 1)
             rows: list[torch.Tensor] = []
@@ -139,7 +134,7 @@ class LayerInputs:
         rows: list[torch.Tensor] = []
         for position, hidden in enumerate(self._float_hiddens):
             behind: list[torch.Tensor] = []
-            for piece in _pieces(hidden):
+            for piece in pieces(hidden):
                 if site == SITES[-1]:
                     behind.append(layer.forward(piece, {site: rows.append}))
                 else:
@@ -149,8 +144,3 @@ class LayerInputs:
                 self._float_hiddens[position] = torch.cat(behind)
         if site == SITES[-1]:
             self._float_layer = None
-
-
-def _pieces(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Whole sequences of a batch [B, T, d]."""
-    return hidden.split(max(1, _TOKENS // hidden.shape[1]))
