@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offline.memory import give_back
 from offline.models.adapter import SITE_LINEARS, ModelAdapter
 from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner
@@ -179,6 +180,7 @@ class LayerQuantizer:
     def _calibrate(self, layer: LoadedLayer, site: SiteName, inputs: LayerInputs) -> HessianFactor:
         """What GPTQ needs for ``site``, whose weights in ``layer`` make up for the losses before them from now on."""
         plan = self.plans[site]
+        give_back()
         found = inputs.site(site, plan.columns)
         found.compensate([layer.weight(name) for name in SITE_LINEARS[site]])
         name = self._adapter.linear(layer.index, SITE_LINEARS[site][0])
