@@ -54,9 +54,11 @@ def collect_moments(
         return moments
     hiddens = runner.embed(make_batches(sequences, batch_tokens))
     for index in range(adapter.num_layers):
-        layer = runner.layer(index, fold_norms(runner.source.layer_tensors(index), adapter, index))
+        folded = fold_norms(runner.source.layer_tensors(index), adapter, index, runner.dtype)
+        layer = runner.layer(index, folded, copy=False)
         done = index < moments.layers_done
         layer.run(hiddens, None if done else _observers(moments, index))
+        del folded, layer  # or it would wait for the next one beside it
         for hidden in hiddens:
             if not bool(torch.isfinite(hidden).all()):
                 raise ResQError(

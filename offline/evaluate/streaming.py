@@ -13,8 +13,8 @@ from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner, make_batches
 from offline.quantize.lm_head import OutputHead
 
-# Logits of this many positions at a time: a 128k vocabulary in float32 is 0.5 MB a position.
-_LOGIT_ROWS = 512
+# Logits of this many positions at a time: a 128k vocabulary in float32 is 0.5 MB a position, and their softmax as much.
+_LOGIT_ROWS = 256
 
 
 @torch.no_grad()
@@ -22,23 +22,24 @@ def streaming_perplexity(
     runner: LayerRunner,
     sequences: Sequences,
     layer: Callable[[int], LoadedLayer],
-    embedding: torch.Tensor,
-    head: OutputHead,
+    embedding: Callable[[], torch.Tensor],
+    head: Callable[[], OutputHead],
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Run ``sequences`` through the layers that ``layer(index)`` gives, plain or fake-quantized.
 
-    embedding [vocab, d] and head in any float type; arithmetic in the runner's dtype. Holds one layer and the hidden
-    states. ``progress`` gets (layers done, layers).
+    ``embedding`` gives the table [vocab, d], ``head`` what follows the layers, each when it is needed and in any float
+    type; arithmetic in the runner's dtype. Holds the hidden states beside one layer, or one of those two.
+    ``progress`` gets (layers done, layers).
     """
     batches = make_batches([torch.tensor([ids]) for ids in sequences.ids])
-    hiddens = runner.embed(batches, embedding)
+    hiddens = runner.embed(batches, embedding())
     layers = runner.adapter.num_layers
     for index in range(layers):
         layer(index).run(hiddens)
         if progress is not None:
             progress(index + 1, layers)
-    return perplexity(sequence_nll(runner, batches, hiddens, head), sequences)
+    return perplexity(sequence_nll(runner, batches, hiddens, head()), sequences)
 
 
 @torch.no_grad()

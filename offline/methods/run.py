@@ -130,26 +130,26 @@ class _Calibration:
             _transform_activations(float_layer, plan)
             _round_activations(layer, plan)
         inputs = LayerInputs(layer, hiddens, float_layer, self._float_hiddens)
+        del float_layer  # `inputs` lets it go where it has served
         for site in SITES:
             self._site(layer, site, plan.sites[site].weights, inputs)
         if not compensates:
             layer.run(hiddens)
         _round_activations(layer, plan)
-        if float_layer is not None:
+        if compensates:
             layer.run(hiddens)
-            float_layer.run(self._float_hiddens)
+            inputs.finish()
 
     def _site(self, layer: LoadedLayer, site: SiteName, weights: WeightQuantizer, inputs: LayerInputs) -> None:
         adapter = self._lab.adapter
-        factor = compensation = None
+        factor = None
+        names = SITE_LINEARS[site]
         if weights.needs_hessian:
-            first = SITE_LINEARS[site][0]
-            found = inputs.site(site, adapter.linear_shape(first)[1])
-            factor = weights.factor(found.hessian, adapter.linear(layer.index, first))
-            compensation = found.compensation()
-        for name in SITE_LINEARS[site]:
-            weight = layer.weight(name) if compensation is None else compensation(layer.weight(name))
-            layer.set_weight(name, weights.quantize(weight, factor, adapter.linear(layer.index, name)))
+            found = inputs.site(site, adapter.linear_shape(names[0])[1])
+            found.compensate([layer.weight(name) for name in names])
+            factor = weights.factor(found.hessian, adapter.linear(layer.index, names[0]))
+        for name in names:
+            layer.set_weight(name, weights.quantize(layer.weight(name), factor, adapter.linear(layer.index, name)))
 
 
 def _transform_activations(layer: LoadedLayer, plan: LayerPlan) -> None:

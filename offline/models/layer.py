@@ -20,6 +20,16 @@ Observer = Callable[[torch.Tensor], None]
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
+# Tokens at a time through a layer where batches do not matter, if sequences are that short: what passes between the
+# linears of an MLP would otherwise take more room than its weights and second moments.
+PIECE_TOKENS = 1024
+
+
+def pieces(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Whole sequences of a batch [B, T, d], few at a time."""
+    return hidden.split(max(1, PIECE_TOKENS // hidden.shape[1]))
+
+
 class _InputReachedError(Exception):
     """Ends a forward pass once its purpose, the input of one linear, has been reached."""
 
@@ -109,9 +119,10 @@ class LoadedLayer:
             set_attention_hook(module.get_submodule(self._adapter.attention_path), self.attention_hook)
 
     def run(self, hiddens: list[torch.Tensor], observers: Mapping[Observed, Observer] | None = None) -> None:
-        """Replace each batch of hidden states by the layer's output, one batch in memory at a time."""
+        """Replace each batch of hidden states by the layer's output; ``observers`` get whole batches."""
         for position, hidden in enumerate(hiddens):
-            hiddens[position] = self.forward(hidden, observers)
+            parts = (hidden,) if observers else pieces(hidden)
+            hiddens[position] = torch.cat([self.forward(part, observers) for part in parts])
 
     @torch.no_grad()
     def stream_inputs(self, hiddens: Sequence[torch.Tensor], site: SiteName, callback: Observer) -> None:

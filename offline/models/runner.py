@@ -15,6 +15,8 @@ from offline.models.layer import LoadedLayer, Transform
 from offline.models.source import ModelSource
 from resq_vllm.errors import ResQError
 
+_HEAD_ROWS = 16384
+
 
 def make_batches(sequences: Sequence[torch.Tensor], max_tokens: int = 4096) -> list[torch.Tensor]:
     """Neighbouring sequences [1, T] of equal length joined to [B, T] with B·T <= ``max_tokens`` (at least one each).
@@ -48,8 +50,11 @@ class LayerRunner:
         self.config._attn_implementation = ATTENTION_NAME
         self._rotary = self.adapter.rotary(self.config).to(self.device)
 
-    def layer(self, index: int, tensors: Mapping[str, torch.Tensor] | None = None) -> LoadedLayer:
+    def layer(self, index: int, tensors: Mapping[str, torch.Tensor] | None = None, copy: bool = True) -> LoadedLayer:
         """Decoder layer ``index`` with ``tensors`` (full names; all of the layer's), or with the model's own.
+
+        ``copy=False``: use tensors of the runner's dtype and device as they are, for a layer whose weights will not be
+        set, or whose tensors nobody else reads.
 
         A rotated layer is run by giving its fused tensors (norm weights one) and setting
         ``transforms["down"]`` of the result to the online Hadamard. Raises ResQError when a tensor is missing or not
@@ -63,9 +68,9 @@ class LayerRunner:
             state = "is missing" if name in expected else "is not one of its tensors"
             raise ResQError(f"layer {index}: tensor {name} {state}; give exactly the tensors of {prefix}*")
         module = self.adapter.empty_layer(self.config, index)
-        # A copy where no cast makes one: set_weight must not write into the caller's tensors.
+        # set_weight must not write into the caller's tensors, so copy where no cast does.
         state_dict = {
-            name.removeprefix(prefix): value.to(self.device, self.dtype, copy=True) for name, value in tensors.items()
+            name.removeprefix(prefix): value.to(self.device, self.dtype, copy=copy) for name, value in tensors.items()
         }
         module.load_state_dict(state_dict, assign=True)
         module.requires_grad_(False)
@@ -121,4 +126,9 @@ class LayerRunner:
         norm.weight = torch.nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
         head = self.source.lm_head() if lm_head is None else lm_head
         normed = norm(hidden) if rounding is None else rounding(norm(hidden))
-        return torch.nn.functional.linear(normed, head.to(self.device, self.dtype))
+        logits = normed.new_empty(*normed.shape[:-1], len(head))
+        # In blocks: the whole lm_head in float32 would be the largest tensor of all.
+        for start in range(0, len(head), _HEAD_ROWS):
+            rows = head[start : start + _HEAD_ROWS].to(self.device, self.dtype)
+            logits[..., start : start + len(rows)] = torch.nn.functional.linear(normed, rows)
+        return logits

@@ -17,12 +17,17 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class ShardReader:
-    """Finds the file of each tensor and reads it; files stay memory-mapped, nothing is cached."""
+    """Finds the file of each tensor and reads it; nothing is cached.
+
+    The safetensors library checks files and gives shapes, but its tensors are pages of a mapped file, which stay in the
+    process's memory after use until others need it. Tensors are read into memory of their own instead.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Opens every file's header; raises ResQError naming a missing, truncated or malformed file."""
         self._folder = folder
         self._open: dict[str, Any] = {}
+        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
         if (folder / INDEX).is_file():
             self._map = self._read_index()
         elif (folder / SINGLE).is_file():
@@ -96,11 +101,29 @@ class ShardReader:
         return FLOATS[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as stored, in memory of its own."""
-        self.dtype(name)
+        """A tensor as stored, in memory of its own; raises ResQError when the file cannot be read any more."""
+        dtype, path = self.dtype(name), self.file_of(name)
+        value = torch.empty(self.shape(name), dtype=dtype)
         try:
-            return self._handle(self.file_of(name).name).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ResQError(
-                f"{self.file_of(name)}: tensor {name} cannot be read ({error}); download it again"
-            ) from error
+            begin, end = self._data_offsets(path)[name]
+            with path.open("rb") as file:
+                file.seek(begin)
+                if file.readinto(value.reshape(-1).view(torch.uint8).numpy().data) != end - begin:
+                    raise OSError("the file ends before it")
+        except (OSError, ValueError, KeyError) as error:
+            raise ResQError(f"{path}: tensor {name} cannot be read ({error}); download it again") from error
+        return value
+
+    def _data_offsets(self, path: Path) -> dict[str, tuple[int, int]]:
+        """First byte and end of every tensor in a file, whose header safetensors has checked."""
+        if path.name not in self._offsets:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            data = 8 + length
+            self._offsets[path.name] = {
+                name: (data + entry["data_offsets"][0], data + entry["data_offsets"][1])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        return self._offsets[path.name]

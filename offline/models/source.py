@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from offline.finite import all_finite
 from offline.models.adapter import ModelAdapter
 from offline.models.registry import adapter_class
 from offline.models.shards import ShardReader
@@ -135,7 +136,7 @@ class ModelSource:
                 f"{list(expected)}; the weights and config.json are not of the same model"
             )
         value = self._shards.read(name)
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise ResQError(
                 f"{self._shards.file_of(name)}: tensor {name} holds NaN or Inf; get an intact copy of the model"
             )
@@ -155,7 +156,7 @@ class ModelSource:
 
     def lm_head(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Output projection [vocab, d]; of a tied model a copy of the embedding, never the same storage."""
-        return self.tensor(self.adapter.embedding if self.adapter.tied else self.adapter.lm_head, dtype).clone()
+        return self.tensor(self.adapter.embedding if self.adapter.tied else self.adapter.lm_head, dtype)
 
     def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         """The model's tokenizer; ``trust_remote_code`` lets one that brings its own Python code run it.

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from offline.pack.names import INDEX_FILE
 from resq_vllm.errors import ResQError
 
-DEFAULT_SHARD_BYTES = 4 << 30
+# A shard is kept in memory until it is full.
+DEFAULT_SHARD_BYTES = 1 << 30
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -74,6 +74,14 @@ class Job(ABC):
     def all(self) -> None:
         """Calibrate, quantize, measure and publish, going on from the steps that the work folder holds."""
 
+    @abstractmethod
+    def embedding(self) -> torch.Tensor:
+        """The checkpoint's, [vocab, d] in the model's dtype; read or made anew each time, not kept in memory."""
+
+    @abstractmethod
+    def head(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors of final norm and lm_head; as :meth:`embedding`."""
+
     @property
     def adapter(self) -> ModelAdapter:
         return self.source.adapter
@@ -92,24 +100,23 @@ class Job(ABC):
             return {self.adapter.lm_head: fused(table, self.source.dtype)}
         return linear_tensors(quantize_lm_head(table, lambda rows: fused(rows, torch.float32)), LM_HEAD)
 
-    def served_head(self, top: dict[str, torch.Tensor]) -> OutputHead:
+    def served_head(self) -> OutputHead:
         """The checkpoint's final norm and lm_head as they will be served."""
-        norm, site = top[self.adapter.final_norm], self.metadata.lm_head_site
+        tensors, site = self.head(), self.metadata.lm_head_site
+        norm = tensors[self.adapter.final_norm]
         if site is None:
-            return OutputHead(norm, top[self.adapter.lm_head])
-        plan, rows = linear_plan(site, site.high, self.metadata.head_dim), top[self.adapter.embedding].shape[0]
-        return OutputHead.of_quantized(norm, linear_from_tensors(top.__getitem__, LM_HEAD, rows, site, plan))
+            return OutputHead(norm, tensors[self.adapter.lm_head])
+        plan, rows = linear_plan(site, site.high, self.metadata.head_dim), self.source.config.vocab_size
+        return OutputHead.of_quantized(norm, linear_from_tensors(tensors.__getitem__, LM_HEAD, rows, site, plan))
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Checkpoint tensors of a finished layer."""
         return self.work.load(step(index))
 
-    def perplexities(
-        self, top: dict[str, torch.Tensor], served: Callable[[int], LoadedLayer]
-    ) -> tuple[Perplexity | None, Perplexity | None]:
+    def perplexities(self, served: Callable[[int], LoadedLayer]) -> tuple[Perplexity | None, Perplexity | None]:
         """Of the model and of the checkpoint on the held-out text, for the model card; None without a text.
 
-        top: the checkpoint's embedding, final norm and lm_head; served: its layers in fake quantization.
+        served: the checkpoint's layers in fake quantization.
         """
         if self.text is None:
             return None, None
@@ -119,16 +126,16 @@ class Job(ABC):
                 self.runner,
                 self.text,
                 self.runner.layer,
-                source.embedding(),
-                OutputHead(source.final_norm(), source.lm_head()),
+                source.embedding,
+                lambda: OutputHead(source.final_norm(), source.lm_head()),
                 update,
             )
             after = streaming_perplexity(
                 self.runner,
                 self.text,
                 served,
-                top[adapter.embedding],
-                self.served_head(top),
+                self.embedding,
+                self.served_head,
                 lambda done, layers: update(layers + done, 2 * layers),
             )
         print(f"perplexity {before.value:.3f} -> {after.value:.3f} on {after.tokens} tokens of the {after.dataset}")

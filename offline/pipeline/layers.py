@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offline.memory import give_back
 from offline.models.adapter import SITE_LINEARS, ModelAdapter
 from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner
@@ -19,7 +20,7 @@ from offline.pack.expected import UNPACKED_KV_BITS
 from offline.pack.names import key_rotation_name
 from offline.pack.tensors import linear_from_tensors, linear_tensors
 from offline.quantize.activations import ActivationQuantizer, KVQuantizer
-from offline.quantize.compensate import Compensation, LayerInputs
+from offline.quantize.compensate import LayerInputs
 from offline.quantize.gptq import HessianFactor, factorise
 from offline.quantize.mixed import quantize_linear
 from offline.report.measure import LayerMeasurement
@@ -63,41 +64,44 @@ class LayerQuantizer:
     def quantize(
         self,
         index: int,
-        fused: Mapping[str, torch.Tensor],
+        fused: dict[str, torch.Tensor],
         rotation: torch.Tensor,
         states: CalibrationStates,
         measurement: LayerMeasurement | None = None,
     ) -> dict[str, torch.Tensor]:
         """Checkpoint tensors of layer ``index``; ``states`` are replaced by the layer's outputs.
 
-        fused: every tensor of the layer after rotation and fusion, by full name; rotation: U_C [hd, hd]; states: inputs
-        in the rotated basis, of which RTN itself needs none; measurement: watches the layer's errors.
+        fused: every tensor of the layer after rotation and fusion, by full name, which is emptied: their memory serves
+        one of the two layers; rotation: U_C [hd, hd]; states: inputs in the rotated basis, of which RTN itself needs
+        none; measurement: watches the layer's errors.
         """
-        stored = {name: value.to(self._dtype) for name, value in fused.items()}
-        layer = self._loaded(index, dict(fused) | {n: v for n, v in stored.items() if not n.endswith("_proj.weight")})
+        stored = {n: value.to(self._dtype) for n, value in fused.items() if not n.endswith("_proj.weight")}
+        compensates = states.reference is not None
+        layer = self._loaded(index, fused | stored, copy=compensates)
+        reference = self._loaded(index, fused, copy=False) if compensates else None
+        fused.clear()
         if measurement is not None:
             measurement.observe(layer, states.hiddens)
-        reference = None
-        if states.reference is not None:
-            reference = self._loaded(index, fused)
+        if compensates:
             self.set_rounding(layer, rotation)
-        inputs = LayerInputs(layer, states.hiddens, reference, states.reference or ())
+        inputs = LayerInputs(layer, states.hiddens, reference, states.reference)
+        del reference  # `inputs` lets it go where it has served
         tensors = {self._adapter.norm(index, n): stored[self._adapter.norm(index, n)] for n in self._adapter.norm_paths}
         for site in SITES:
-            factor = compensation = None
+            factor = None
             if not self._rtn and not self.site_ignored(index, site):
-                factor, compensation = self._calibrate(index, site, inputs)
+                factor = self._calibrate(layer, site, inputs)
             for name in SITE_LINEARS[site]:
                 module = self._adapter.linear(index, name)
                 bias = stored.get(module + ".bias")
                 if module in self._metadata.ignore:
-                    tensors[module + ".weight"] = stored[module + ".weight"]
-                    layer.set_weight(name, stored[module + ".weight"])
+                    tensors[module + ".weight"] = layer.weight(name).to(self._dtype)
+                    layer.set_weight(name, tensors[module + ".weight"])
                     if bias is not None:
                         tensors[module + ".bias"] = bias
                     continue
                 spec = self._metadata.sites[site]
-                weight = layer.weight(name) if compensation is None else compensation(layer.weight(name))
+                weight = layer.weight(name)
                 quantized = quantize_linear(
                     weight,
                     factor,
@@ -114,8 +118,7 @@ class LayerQuantizer:
             attention = self._adapter.layer_prefix(index) + self._adapter.attention_path
             tensors[key_rotation_name(attention)] = rotation.float()
         layer.run(states.hiddens)
-        if reference is not None and states.reference is not None:
-            reference.run(states.reference)
+        inputs.finish()
         return tensors
 
     def skip(
@@ -130,7 +133,7 @@ class LayerQuantizer:
         layer = self.restore(index, tensors)
         if states.reference is not None:
             self.set_rounding(layer, rotation)
-            self._loaded(index, fused).run(states.reference)
+            self._loaded(index, fused, copy=False).run(states.reference)
         layer.run(states.hiddens)
 
     def set_rounding(self, layer: LoadedLayer, rotation: torch.Tensor | None) -> None:
@@ -163,8 +166,8 @@ class LayerQuantizer:
             values[self._adapter.norm(index, norm)] = tensors[self._adapter.norm(index, norm)]
         return self._loaded(index, values)
 
-    def _loaded(self, index: int, tensors: Mapping[str, torch.Tensor]) -> LoadedLayer:
-        layer = self._runner.layer(index, tensors)
+    def _loaded(self, index: int, tensors: Mapping[str, torch.Tensor], copy: bool = True) -> LoadedLayer:
+        layer = self._runner.layer(index, tensors, copy)
         groups = self._metadata.sites["down"].hadamard_groups
         if groups and not self.site_ignored(index, "down"):
             layer.transforms["down"] = lambda x: block_hadamard(x, groups)
@@ -174,8 +177,11 @@ class LayerQuantizer:
         """Whether that layer's site stays in the model's dtype (q, k, v and gate, up are ignored together)."""
         return self._adapter.linear(index, SITE_LINEARS[site][0]) in self._metadata.ignore
 
-    def _calibrate(self, index: int, site: SiteName, inputs: LayerInputs) -> tuple[HessianFactor, Compensation | None]:
+    def _calibrate(self, layer: LoadedLayer, site: SiteName, inputs: LayerInputs) -> HessianFactor:
+        """What GPTQ needs for ``site``, whose weights in ``layer`` make up for the losses before them from now on."""
         plan = self.plans[site]
+        give_back()
         found = inputs.site(site, plan.columns)
-        name = self._adapter.linear(index, SITE_LINEARS[site][0])
-        return factorise(found.hessian, plan, name=name), found.compensation()
+        found.compensate([layer.weight(name) for name in SITE_LINEARS[site]])
+        name = self._adapter.linear(layer.index, SITE_LINEARS[site][0])
+        return factorise(found.hessian, plan, name=name, consume=True)

@@ -90,24 +90,19 @@ class LQERJob(Job):
 
     def all(self) -> None:
         scales = self.activation_scales() if self.options.method == "l2qer" else None
-        top = {
-            self.adapter.embedding: self.source.embedding(),
-            self.adapter.final_norm: self.source.final_norm(),
-            # Stored beside the embedding even where the model ties them: the format knows untied models only.
-            **self.head_tensors(lambda rows, dtype: rows.to(dtype)),
-        }
         with bar("(2/3) quantizing", self.adapter.num_layers) as update:
             for index in range(self.adapter.num_layers):
                 if not self.work.has(step(index)):
                     self.work.save(step(index), self.layer(index, scales))
                 update(index + 1, self.adapter.num_layers)
-        before, after = self.perplexities(top, self.served)
+        before, after = self.perplexities(self.served)
         publish(
             self.options.output,
             self.source,
             self.metadata,
-            top,
+            self.embedding,
             self.layer_tensors,
+            self.head,
             None,
             model_card(self.source, self.metadata, self.options.output.name, before, after),
             CheckpointStats(
@@ -117,6 +112,14 @@ class LQERJob(Job):
             ),
             self.work.path,
         )
+
+    def embedding(self) -> torch.Tensor:
+        return self.source.embedding()
+
+    def head(self) -> dict[str, torch.Tensor]:
+        # Stored beside the embedding even where the model ties them: the format knows untied models only.
+        norm = {self.adapter.final_norm: self.source.final_norm()}
+        return norm | self.head_tensors(lambda rows, dtype: rows.to(dtype))
 
     def activation_scales(self) -> dict[str, torch.Tensor]:
         """s [K] of every site by "layer.site", or what an earlier run saved of them."""

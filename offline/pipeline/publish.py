@@ -49,8 +49,9 @@ def publish(
     output: Path,
     source: ModelSource,
     metadata: QuantizationMetadata,
-    top: dict[str, torch.Tensor],
+    embedding: Callable[[], torch.Tensor],
     layer_tensors: Callable[[int], dict[str, torch.Tensor]],
+    head: Callable[[], dict[str, torch.Tensor]],
     basis: Path | None,
     card: str,
     stats: CheckpointStats,
@@ -58,16 +59,16 @@ def publish(
 ) -> Path:
     """Write everything to a temporary folder in ``scratch`` (of the same disk) and rename it to ``output``.
 
-    top: checkpoint tensors of embedding, final norm and lm_head; layer_tensors: those of a layer, asked for one layer
-    at a time; basis: the finished bases file, if any; card: text of README.md; stats: what was measured on the way.
-    Raises ResQError when the disk is full or ``output`` has appeared meanwhile; nothing is left behind.
+    embedding, layer_tensors, head: checkpoint tensors of embedding, of a layer, of final norm and lm_head, each asked
+    for when it is written; basis: the finished bases file, if any; card: text of README.md; stats: what was measured on
+    the way. Raises ResQError when the disk is full or ``output`` has appeared meanwhile; nothing is left behind.
     """
     adapter = source.adapter
     with CheckpointWriter(output, scratch=scratch) as writer:
-        writer.add({adapter.embedding: top[adapter.embedding]})
+        writer.add({adapter.embedding: embedding()})
         for index in range(adapter.num_layers):
             writer.add(layer_tensors(index))
-        writer.add({name: tensor for name, tensor in top.items() if name != adapter.embedding})
+        writer.add(head())
         if basis is not None:
             writer.copy(basis)
         writer.write_json(CONFIG_FILE, checkpoint_config(source, metadata))

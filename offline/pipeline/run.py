@@ -2,8 +2,9 @@
 
 Two passes over the model, one decoder layer in memory at a time. The first runs the float model and sums second
 moments (-> bases); the second rotates and fuses each layer, quantizes it on what the quantized layers before it put
-out, and keeps its checkpoint tensors in the work folder. Memory: the embedding, two decoder layers in float32 and the
-calibration activations (twice in pass 2: the float model's run beside the quantized one's).
+out, and keeps its checkpoint tensors in the work folder. Memory: two decoder layers in float32, the calibration
+activations (twice in pass 2: the float model's run beside the quantized one's) and one matrix of second moments. The
+embedding and lm_head wait in the work folder meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from offline.bases.bases import FILE_NAME, Bases, Rotations
+from offline.bases.bases import FILE_NAME, Bases, LayerRotation, Rotations
 from offline.calibrate.collect import collect_moments, moments_fingerprint
 from offline.calibrate.generated import calibration_sequences
 from offline.calibrate.moments import ModelMoments
@@ -21,7 +22,7 @@ from offline.card import model_card
 from offline.evaluate.dataset import load_dataset
 from offline.evaluate.perplexity import Perplexity
 from offline.evaluate.sequences import tokenizer_sequences
-from offline.memory import peak_memory
+from offline.memory import memory_bound, peak_memory, resident_memory
 from offline.models.runner import LayerRunner, make_batches
 from offline.models.source import ModelSource
 from offline.pack.writer import check_free
@@ -42,6 +43,7 @@ from resq_vllm.formats.metadata import high_count
 
 logger = logging.getLogger("resq")
 DEFAULT_CONTEXT = 2048
+_EMBEDDING, _HEAD = "embedding", "lm_head"
 
 
 def run(options: QuantizeOptions, resume: bool = False) -> None:
@@ -51,6 +53,7 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
     killed (or fails with ``resume``) leaves ``OUTPUT.resq-work`` to continue from.
     """
     check_free(options.output)
+    program = resident_memory()
     source = ModelSource.open(options.model)
     lqer = options.method != "resq"
     metadata = lqer_metadata(source.adapter, options) if lqer else build_metadata(source.adapter, options)
@@ -70,9 +73,13 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
         kind: type[Job] = LQERJob if lqer else _ResQJob
         kind(options, source, metadata, runner, sequences, text, fingerprint, work).all()
     work.remove()
+    bound = memory_bound(source.adapter, sum(s.numel() for s in sequences))
+    peak = peak_memory()
     print(
-        f"{options.output} is ready (peak memory {peak_memory():.1f} GiB); serve it with: vllm serve {options.output}"
+        f"peak memory {peak:.2f} GiB: the program {program:.2f}, the model {peak - program:.2f} (its embedding, two "
+        f"decoder layers and the calibration activations in float32: {bound:.2f})"
     )
+    print(f"{options.output} is ready; serve it with: vllm serve {options.output}")
 
 
 class _ResQJob(Job):
@@ -83,28 +90,32 @@ class _ResQJob(Job):
         return LayerQuantizer(self.runner, self.metadata, self.source.dtype, self.options.rtn)
 
     def all(self) -> None:
-        bases = self.bases()
-        high_hidden = high_count(self.adapter.hidden_size, self.options.high_fraction)
-        high_head = high_count(self.adapter.head_dim, self.options.high_fraction)
-        rotations = bases.compose(high_hidden, high_head, self.options.seed).to(self.runner.device)
-        top = self.top_tensors(rotations)
-        self.layers(rotations, bases.down_energy, top)
+        rotations, energy = self.rotations()
+        self.save_top(rotations)
+        self.layers(rotations, energy)
         before, after = self.perplexities(
-            top,
-            lambda i: served_layer(self.quantizer, i, self.layer_tensors(i), rotations.layer(i).key),
+            lambda i: served_layer(self.quantizer, i, self.layer_tensors(i), rotations.layer(i).key)
         )
         publish(
             self.options.output,
             self.source,
             self.metadata,
-            top,
+            self.embedding,
             self.layer_tensors,
+            self.head,
             self.work.path / FILE_NAME,
             model_card(self.source, self.metadata, self.options.output.name, before, after),
             self.stats(before, after),
             # A run that is killed here leaves its half-written folder where --resume cleans up.
             self.work.path,
         )
+
+    def rotations(self) -> tuple[Rotations, torch.Tensor]:
+        """U_A, U_B and U_C, and the mean energy [L, f] of down_proj's input channels."""
+        bases = self.bases()
+        high_hidden = high_count(self.adapter.hidden_size, self.options.high_fraction)
+        high_head = high_count(self.adapter.head_dim, self.options.high_fraction)
+        return bases.compose(high_hidden, high_head, self.options.seed).to(self.runner.device), bases.down_energy
 
     def bases(self) -> Bases:
         """Pass 1, or what an earlier run saved of it."""
@@ -122,39 +133,51 @@ class _ResQJob(Job):
         saved.unlink(missing_ok=True)
         return bases
 
-    def top_tensors(self, rotations: Rotations) -> dict[str, torch.Tensor]:
-        """Embedding and final norm in the model's dtype, and lm_head, which the embedding is untied from."""
-        norm = self.source.final_norm()
-        return {
-            self.adapter.embedding: fuse_embedding(self.source.embedding(), rotations.residual, self.source.dtype),
-            self.adapter.final_norm: torch.ones_like(norm),
-            **self.head_tensors(lambda rows, dtype: fuse_lm_head(rows, norm, rotations.residual, dtype)),
-        }
+    def save_top(self, rotations: Rotations) -> None:
+        """Embedding, final norm and lm_head into the work folder: they are not needed while layers are quantized.
 
-    def layers(self, rotations: Rotations, energy: torch.Tensor, top: dict[str, torch.Tensor]) -> None:
+        In the model's dtype, or lm_head packed; lm_head is untied from the embedding by its rotation.
+        """
+        adapter, source, norm = self.adapter, self.source, self.source.final_norm()
+        if not self.work.has(_EMBEDDING):
+            table = fuse_embedding(source.embedding(), rotations.residual, source.dtype)
+            self.work.save(_EMBEDDING, {adapter.embedding: table})
+            del table
+        if not self.work.has(_HEAD):
+            head = self.head_tensors(lambda rows, dtype: fuse_lm_head(rows, norm, rotations.residual, dtype))
+            self.work.save(_HEAD, {adapter.final_norm: torch.ones_like(norm)} | head)
+
+    def embedding(self) -> torch.Tensor:
+        return self.work.load(_EMBEDDING)[self.adapter.embedding]
+
+    def head(self) -> dict[str, torch.Tensor]:
+        return self.work.load(_HEAD)
+
+    def layers(self, rotations: Rotations, energy: torch.Tensor) -> None:
         """Pass 2: every layer's checkpoint tensors into the work folder; energy [L, f]: of down_proj's channels."""
         batches = make_batches(self.sequences, self.batch_tokens)
         # Rounding to nearest looks at no activations; a sample of them is run for the errors alone.
         batches = leading_tokens(batches) if self.options.rtn else batches
-        hiddens = self.runner.embed(batches, top[self.adapter.embedding])
+        hiddens = self.runner.embed(batches, self.embedding())
         compensates = self.options.compensate and not self.options.rtn
         states = CalibrationStates(hiddens, list(hiddens) if compensates else None)
-        groups, layout = self.metadata.sites["down"].hadamard_groups, build_down_layout(self.adapter, self.options)
         with bar("(2/3) quantizing", self.adapter.num_layers) as update:
             for index in range(self.adapter.num_layers):
-                rotation = rotations.layer(index)
-                kept = 0 if self.quantizer.site_ignored(index, "down") else groups
-                original = order_down(self.source.layer_tensors(index), self.adapter, index, energy[index], layout)
-                fused = fuse_layer(original, self.adapter, index, rotation, kept)
-                if self.work.has(step(index)):
-                    self.quantizer.skip(index, fused, rotation.key, self.layer_tensors(index), states)
-                else:
-                    plans = self.quantizer.plans
-                    errors = LayerMeasurement(self.adapter, self.metadata, plans, index, original, rotation)
-                    tensors = self.quantizer.quantize(index, fused, rotation.key.cpu(), states, errors)
-                    self.work.save_record(step(index), errors.errors())
-                    self.work.save(step(index), tensors)
+                self.layer(index, rotations.layer(index), states, energy[index])
                 update(index + 1, self.adapter.num_layers)
+
+    def layer(self, index: int, rotation: LayerRotation, states: CalibrationStates, energy: torch.Tensor) -> None:
+        """One layer of pass 2; states: moved past it."""
+        kept = 0 if self.quantizer.site_ignored(index, "down") else self.metadata.sites["down"].hadamard_groups
+        layout = build_down_layout(self.adapter, self.options)
+        original = order_down(self.source.layer_tensors(index), self.adapter, index, energy, layout)
+        fused = fuse_layer(original, self.adapter, index, rotation, kept)
+        if self.work.has(step(index)):
+            return self.quantizer.skip(index, fused, rotation.key, self.layer_tensors(index), states)
+        errors = LayerMeasurement(self.adapter, self.metadata, self.quantizer.plans, index, original, rotation)
+        tensors = self.quantizer.quantize(index, fused, rotation.key.cpu(), states, errors)
+        self.work.save_record(step(index), errors.errors())
+        return self.work.save(step(index), tensors)
 
     def stats(self, before: Perplexity | None, after: Perplexity | None) -> CheckpointStats:
         """What ``resq report`` shows beside the checkpoint's own contents."""

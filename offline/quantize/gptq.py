@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offline.finite import all_finite
+from offline.quantize.triangular import InPlaceCholesky, permute_
 from offline.quantize.weights import WeightGrid, code_range
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import LinearPlan
@@ -42,7 +44,9 @@ def column_order(plan: LinearPlan) -> list[int]:
     return [column for part in sorted({s.part for s in plan.segments}) for column in plan.part_index(part)]
 
 
-def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING, name: str = "layer") -> HessianFactor:
+def factorise(
+    hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING, name: str = "layer", consume: bool = False
+) -> HessianFactor:
     """Damp, invert and factorise a Hessian.
 
     Args:
@@ -50,6 +54,7 @@ def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING,
         plan: gives the order of the columns.
         damping: added to the diagonal, as a share of its mean.
         name: the layer, for messages.
+        consume: let the factor take the Hessian's memory.
 
     A column that calibration never reached (zero diagonal) gets a diagonal of 1 and no neighbours: it is rounded to
     nearest. float32 is tried first, then float64, then ten times the damping, up to once the mean diagonal.
@@ -57,24 +62,24 @@ def factorise(hessian: torch.Tensor, plan: LinearPlan, damping: float = DAMPING,
     Raises ResQError naming the layer when the Hessian is not finite or never factorises.
 
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise ResQError(
             f"{name}: the calibration Hessian holds NaN or infinite values; check the model's weights, or quantize "
             "with --rtn"
         )
-    order = torch.tensor(column_order(plan))
-    ordered = hessian[order][:, order]
-    dead = ordered.diagonal() == 0
-    ordered.diagonal()[dead] = 1
-    mean = float(ordered.diagonal().mean(dtype=torch.float64))
+    ordered = hessian if consume else hessian.clone()
+    # Last column first: with H = L·Lᵀ in that order, L⁻¹ read backwards is the upper U of H⁻¹ = UᵀU.
+    permute_(ordered, torch.tensor(column_order(plan)).flip(0).to(ordered.device))
+    diagonal = ordered.diagonal()
+    diagonal[diagonal == 0] = 1
+    mean = float(diagonal.mean(dtype=torch.float64))
     for attempt, (dtype, share) in enumerate(_attempts(damping)):
-        damped = ordered.to(dtype, copy=True)
-        damped.diagonal().add_(share * mean)
-        upper = _inverse_factor(damped)
-        if upper is not None:
+        inverse = _inverse_factor(ordered, dtype, share * mean)
+        if inverse is not None:
             if attempt:
                 logger.warning("%s: the Hessian factorised only as %s with damping %g", name, dtype, share)
-            return HessianFactor(upper.float(), share)
+            permute_(inverse, torch.arange(len(inverse) - 1, -1, -1, device=inverse.device))
+            return HessianFactor(inverse.float(), share)
     raise ResQError(
         f"{name}: the calibration Hessian is not positive definite even with damping; give more calibration text, or "
         "quantize with --rtn"
@@ -88,13 +93,15 @@ def _attempts(damping: float) -> list[tuple[torch.dtype, float]]:
     return [(torch.float32, damping), *((torch.float64, share) for share in shares)]
 
 
-def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+def _inverse_factor(matrix: torch.Tensor, dtype: torch.dtype, ridge: float) -> torch.Tensor | None:
+    """L⁻¹ of ``matrix`` + ridge·I, in its place if ``dtype`` is its own; None, and it is as before, when that fails."""
+    work = matrix.to(dtype)
+    factor = InPlaceCholesky(work, ridge)
     # A factor may "succeed" with a vanishing pivot that a later division turns into infinity.
-    return upper if not int(failed) and bool(torch.isfinite(upper).all()) else None
+    if factor.complete and 1 / float(work.diagonal().min()) < torch.finfo(torch.float32).max:
+        return factor.invert_()
+    factor.restore()
+    return None
 
 
 def gptq(weight: torch.Tensor, factor: HessianFactor, grid: WeightGrid, block: int = BLOCK) -> torch.Tensor:
@@ -109,7 +116,7 @@ def gptq(weight: torch.Tensor, factor: HessianFactor, grid: WeightGrid, block: i
     rows = grid.row.tolist()
     ranges = [code_range(bits) for bits in grid.bits]
     # Transposed, a column of the weight is contiguous: the sweep reads and writes one at a time.
-    rest = weight.T.contiguous().clone()
+    rest = weight.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
     whole = factor.upper.to(rest.device)
     for start in range(0, columns, block):

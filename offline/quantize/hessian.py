@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from offline.quantize.triangular import blocks
 from resq_vllm.errors import ResQError
 
 
 class HessianAccumulator:
-    """A running sum of XᵀX over the inputs of one linear layer (or of several that share their input)."""
+    """A running sum of XᵀX over the inputs of one linear layer (or of several that share their input).
+
+    Only the upper triangle is summed, in panels of rows: half the operations, and in float64 the memory of one
+    float32 matrix.
+    """
 
     def __init__(self, columns: int, dtype: torch.dtype = torch.float64) -> None:
         """Start at zero for inputs of ``columns`` columns.
@@ -18,7 +23,7 @@ class HessianAccumulator:
         """
         self._columns = columns
         self._dtype = dtype
-        self._sum: torch.Tensor | None = None
+        self._panels: list[torch.Tensor] = []
         self._tokens = 0
 
     @property
@@ -36,16 +41,33 @@ class HessianAccumulator:
                 "collect them at the same layer"
             )
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        if self._sum is None:
-            self._sum = torch.zeros(self._columns, self._columns, dtype=self._dtype, device=rows.device)
-        self._sum += rows.T @ rows
+        parts = list(blocks(self._columns))
+        if not self._tokens:
+            self._panels = [
+                torch.zeros(part.stop - part.start, self._columns - part.start, dtype=self._dtype, device=rows.device)
+                for part in parts
+            ]
+        for part, panel in zip(parts, self._panels, strict=True):
+            panel += rows[:, part].T @ rows[:, part.start :]
         self._tokens += rows.shape[0]
 
     def hessian(self) -> torch.Tensor:
-        """H = 2/n · XᵀX, float32 [K, K]. Raises ResQError before the first token."""
-        if self._sum is None or not self._tokens:
+        """H = 2/n · XᵀX, float32 [K, K], symmetric to the bit; uses up the sum.
+
+        Raises ResQError before the first token.
+        """
+        if not self._tokens:
             raise ResQError("no calibration token reached this layer; give GPTQ a longer calibration text")
-        return (self._sum * (2 / self._tokens)).float()
+        tokens, self._tokens = self._tokens, 0
+        result = torch.empty(self._columns, self._columns, device=self._panels[0].device)
+        for part in blocks(self._columns):
+            # Whole rows, so that the result's pages come into being as the panels go.
+            result[part, part.start :] = self._panels.pop(0).mul_(2 / tokens)
+            square = result[part, part]
+            square.copy_(square.triu() + square.triu(1).T)
+        for part in blocks(self._columns):
+            result[part.stop :, part] = result[part, part.stop :].T
+        return result
 
 
 def weighted_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ class WeightQuantizer(ABC):
     needs_hessian: bool = False
 
     def factor(self, hessian: torch.Tensor, name: str) -> HessianFactor | None:
-        """What the site's linears share of H [K, K]; ``name``: the layer, for messages."""
+        """What the site's linears share of H [K, K], whose memory it may take; ``name``: the layer, for messages."""
         return None
 
     @abstractmethod
@@ -54,7 +54,7 @@ class PartWeights(WeightQuantizer):
         self.clip = clip
 
     def factor(self, hessian: torch.Tensor, name: str) -> HessianFactor | None:
-        return factorise(hessian, self.plan, name=name)
+        return factorise(hessian, self.plan, name=name, consume=True)
 
     def quantize(self, weight: torch.Tensor, factor: HessianFactor | None, name: str) -> torch.Tensor:
         codes, grid = quantize_parts(weight, factor, self.plan, self.part_bits, self.clip, name)

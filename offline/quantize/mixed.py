@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from offline.finite import all_finite
 from offline.quantize.gptq import HessianFactor, column_order, factorise, gptq
 from offline.quantize.groupwise import expand_scale
 from offline.quantize.lowrank import LowRank
@@ -51,6 +52,17 @@ class QuantizedLinear:
         weight[:, self.plan.part_index(LOW)] = self.low * self.low_column_scale
         weight[:, self.plan.part_index(HIGH)] = self.high * self.high_scale[:, None]
         return weight if self.correction is None else weight + self.correction.weight().float()
+
+    def part(self, rows: slice) -> QuantizedLinear:
+        """Some of the output channels."""
+        return replace(
+            self,
+            low=self.low[rows],
+            high=self.high[rows],
+            low_scale=self.low_scale[rows],
+            high_scale=self.high_scale[rows],
+            correction=None if self.correction is None else replace(self.correction, b=self.correction.b[:, rows]),
+        )
 
     def nearest(self, weight: torch.Tensor) -> QuantizedLinear:
         """``weight`` [N, K] rounded to nearest on this one's scales, without correction."""
@@ -119,7 +131,7 @@ def quantize_parts(
     """
     if weight.shape[1] != plan.columns:
         raise ResQError(f"{name}: the weight has {weight.shape[1]} input columns where the plan has {plan.columns}")
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise ResQError(f"{name}: the weight holds NaN or infinite values; check the model's files")
     ordered = weight.float()[:, column_order(plan)]
     grid = WeightGrid.of_parts(ordered, [len(plan.part_index(part)) for part in range(len(bits))], bits, clip)

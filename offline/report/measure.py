@@ -26,7 +26,8 @@ from resq_vllm.reference import kv_fake_quantize, round_activation
 
 # Per site the outputs are computed five times: a sample small beside any calibration set keeps that below 5 % of it.
 SAMPLE_TOKENS = 1024
-_OUTPUT_CHUNK = 4096
+# Output channels at a time: errors of a whole linear would take ten times its own memory.
+_ROW_CHUNK = 512
 # More digits would only show in which order a machine adds.
 _DIGITS = 4
 
@@ -132,18 +133,20 @@ class SiteMeasurement:
 
     def add(self, own: torch.Tensor, fused: torch.Tensor, stored: QuantizedLinear, nearest: bool) -> None:
         """One linear: its own and its fused weight [N, K], and what is stored; ``nearest``: stored without GPTQ."""
-        own = own.float()[:, self._order]
+        for start in range(0, fused.shape[0], _ROW_CHUNK):
+            rows = slice(start, start + _ROW_CHUNK)
+            self._add(own[rows].float()[:, self._order], fused[rows], stored.part(rows), nearest)
+
+    def _add(self, own: torch.Tensor, fused: torch.Tensor, stored: QuantizedLinear, nearest: bool) -> None:
         own_value, kept = self._nearest(own), stored.dequantize()
         # The clip search saw these same weights, so its scales serve for rounding to nearest as well.
         rotated = kept if nearest else stored.nearest(fused).dequantize()
         for total, value, exact in zip(self._weight, (own_value, rotated, kept), (own, fused, fused), strict=True):
             total.add(value, exact)
-        for start in range(0, fused.shape[0], _OUTPUT_CHUNK):
-            rows = slice(start, start + _OUTPUT_CHUNK)
-            self._output[0].add(self._own_rounded @ own_value[rows].T, self._own @ own[rows].T)
-            exact, served = self._rotated @ fused[rows].T, self._rotated_rounded @ kept[rows].T
-            self._output[1].add(served if nearest else self._rotated_rounded @ rotated[rows].T, exact)
-            self._output[2].add(served, exact)
+        self._output[0].add(self._own_rounded @ own_value.T, self._own @ own.T)
+        exact, served = self._rotated @ fused.T, self._rotated_rounded @ kept.T
+        self._output[1].add(served if nearest else self._rotated_rounded @ rotated.T, exact)
+        self._output[2].add(served, exact)
 
     def errors(self) -> SiteErrors:
         """Of all linears added."""
@@ -171,7 +174,7 @@ class LayerMeasurement:
         metadata: of the checkpoint.
         plans: of the sites, all ranks.
         index: the layer.
-        original: its tensors before fusion, by full name.
+        original: its tensors before fusion, by full name; a weight is dropped when it has been looked at.
         rotation: U_A, U_B and U_C.
 
     """
@@ -180,7 +183,7 @@ class LayerMeasurement:
     metadata: QuantizationMetadata
     plans: Mapping[SiteName, LinearPlan]
     index: int
-    original: Mapping[str, torch.Tensor]
+    original: dict[str, torch.Tensor]
     rotation: LayerRotation
     _inputs: dict[SiteName, torch.Tensor] = field(default_factory=dict)
     _current: tuple[SiteName, SiteMeasurement] | None = None
@@ -226,7 +229,7 @@ class LayerMeasurement:
             x = self._inputs.pop(site)
             own = self.own_input(site, x)
             self._current = site, SiteMeasurement(x, own, self.metadata.sites[site], self.plans[site])
-        own_weight = self.original[self.adapter.linear(self.index, name) + ".weight"].to(fused.device)
+        own_weight = self.original.pop(self.adapter.linear(self.index, name) + ".weight").to(fused.device)
         self._current[1].add(own_weight, fused, stored, nearest)
 
     def errors(self) -> LayerErrors:

@@ -17,20 +17,22 @@ from resq_vllm.hadamard import hadamard_matrix, hadamard_order, sylvester
 
 NORM_READERS: dict[NormName, tuple[LinearName, ...]] = {"input": ("q", "k", "v"), "post": ("gate", "up")}
 # Rows of an embedding rotated at a time: float64 copies of a 150k-row table would not fit beside it.
-ROW_CHUNK = 16384
+ROW_CHUNK = 1024
 
 
-def fold_norms(tensors: Mapping[str, torch.Tensor], adapter: ModelAdapter, layer: int) -> dict[str, torch.Tensor]:
+def fold_norms(
+    tensors: Mapping[str, torch.Tensor], adapter: ModelAdapter, layer: int, dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
     """One layer with its RMSNorm weights moved into q, k, v and gate, up: W ← W·diag(γ), γ ← 1.
 
-    The folded weights are float64, the other tensors as given.
+    The folded weights are products in float64, in ``dtype``, the other tensors as given.
     """
     result = dict(tensors)
     for norm, readers in NORM_READERS.items():
         gamma = result[adapter.norm(layer, norm)]
         for name in readers:
             key = adapter.linear(layer, name) + ".weight"
-            result[key] = result[key].double() * gamma.double()
+            result[key] = (result[key].double() * gamma.double()).to(dtype)
         result[adapter.norm(layer, norm)] = torch.ones_like(gamma)
     return result
 
@@ -53,11 +55,21 @@ def fuse_layer(
     Raises ResQError when ``rotation`` has other sizes than the model, or G does not cut the FFN width.
     """
     _check(adapter, rotation)
-    device = rotation.residual.device
-    work = {name: value.to(device, torch.float64) for name, value in fold_norms(tensors, adapter, layer).items()}
-    down = adapter.linear(layer, "down") + ".weight"
-    work[down] = rotate_rows(work[down], hadamard_groups)
-    fused = rotate_layer(work, adapter, layer, rotation)
+    device, fused = rotation.residual.device, dict(tensors)
+    gamma = {name: tensors[adapter.norm(layer, norm)] for norm, names in NORM_READERS.items() for name in names}
+    # One linear in float64 at a time: all of them would be four times the layer in float32.
+    for name in adapter.linear_paths:
+        module = adapter.linear(layer, name)
+        weight = tensors[f"{module}.weight"].to(device, torch.float64)
+        if name in gamma:
+            weight = weight * gamma[name].to(device, torch.float64)
+        weight = rotate_rows(weight, hadamard_groups) if name == "down" else weight
+        fused[f"{module}.weight"] = rotate_weight(name, weight, adapter, rotation).to(dtype)
+        if f"{module}.bias" in tensors:
+            bias = tensors[f"{module}.bias"].to(device, torch.float64)
+            fused[f"{module}.bias"] = rotate_bias(name, bias, adapter, rotation).to(dtype)
+    for norm in NORM_READERS:
+        fused[adapter.norm(layer, norm)] = torch.ones_like(tensors[adapter.norm(layer, norm)])
     return {name: value.to(tensors[name].device, dtype) for name, value in fused.items()}
 
 
@@ -70,27 +82,34 @@ def rotate_layer(
     are not checked. U_C is not read.
     """
     work = dict(folded)
+    for name in adapter.linear_paths:
+        module = adapter.linear(layer, name)
+        work[f"{module}.weight"] = rotate_weight(name, work[f"{module}.weight"], adapter, rotation)
+        if f"{module}.bias" in work:
+            work[f"{module}.bias"] = rotate_bias(name, work[f"{module}.bias"], adapter, rotation)
+    return work
+
+
+def rotate_weight(
+    name: LinearName, weight: torch.Tensor, adapter: ModelAdapter, rotation: LayerRotation
+) -> torch.Tensor:
+    """One linear's weight [out, in], as :func:`rotate_layer`."""
     basis, heads = rotation.residual, rotation.value
     kv, hd, group = adapter.num_kv_heads, adapter.head_dim, adapter.heads_per_kv
+    if name == "o":
+        columns = weight.view(-1, kv, group, hd)
+        return basis.T @ torch.einsum("nkgi,kij->nkgj", columns, heads).flatten(1)
+    if name == "down":
+        return basis.T @ weight
+    weight = weight @ basis
+    return (heads.mT @ weight.view(kv, hd, -1)).flatten(0, 1) if name == "v" else weight
 
-    def weight(name: LinearName) -> str:
-        return adapter.linear(layer, name) + ".weight"
 
-    def bias(name: LinearName) -> str:
-        return adapter.linear(layer, name) + ".bias"
-
-    for name in (*NORM_READERS["input"], *NORM_READERS["post"]):
-        work[weight(name)] = work[weight(name)] @ basis
-    work[weight("v")] = (heads.mT @ work[weight("v")].view(kv, hd, -1)).flatten(0, 1)
-    if bias("v") in work:
-        work[bias("v")] = (work[bias("v")].view(kv, 1, hd) @ heads).flatten()
-    columns = work[weight("o")].view(-1, kv, group, hd)
-    work[weight("o")] = basis.T @ torch.einsum("nkgi,kij->nkgj", columns, heads).flatten(1)
-    work[weight("down")] = basis.T @ work[weight("down")]
-    for name in ("o", "down"):
-        if bias(name) in work:
-            work[bias(name)] = work[bias(name)] @ basis
-    return work
+def rotate_bias(name: LinearName, bias: torch.Tensor, adapter: ModelAdapter, rotation: LayerRotation) -> torch.Tensor:
+    """One linear's bias [out], as :func:`rotate_layer`."""
+    if name == "v":
+        return (bias.view(adapter.num_kv_heads, 1, adapter.head_dim) @ rotation.value).flatten()
+    return bias @ rotation.residual if name in ("o", "down") else bias
 
 
 def rotate_rows(x: torch.Tensor, groups: int) -> torch.Tensor:

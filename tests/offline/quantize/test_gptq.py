@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from offline.quantize.gptq import HessianFactor, factorise, gptq
+from offline.quantize.gptq import HessianFactor, column_order, factorise, gptq
 from offline.quantize.hessian import weighted_error
 from offline.quantize.mixed import quantize_linear
 from offline.quantize.weights import WeightGrid, symmetric_codes, symmetric_scale
@@ -94,6 +94,22 @@ def test_fewer_tokens_than_columns_still_factorise() -> None:
     factor = factorise(2 / 5 * inputs.T @ inputs, one_part(32))
     assert bool(torch.isfinite(factor.upper).all())
     assert factor.damping == 0.01
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_factor_may_take_the_hessians_memory(consume: bool) -> None:
+    inputs = torch.randn(2000, 600, generator=torch.Generator().manual_seed(0))
+    hessian = (inputs.T @ inputs + (inputs.T @ inputs).T) / 2000
+    plan = LinearPlan((Segment(100, HIGH, 0), Segment(500, LOW, 1)), (8, 4))
+    order = torch.tensor(column_order(plan))
+    given = hessian.clone()
+    factor = factorise(given, plan, consume=consume)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(600)
+    expected = torch.linalg.inv(damped.double())[order][:, order]
+    assert torch.equal(factor.upper, factor.upper.triu())
+    torch.testing.assert_close((factor.upper.T @ factor.upper).double(), expected, rtol=1e-3, atol=1e-3)
+    assert (factor.upper.data_ptr() == given.data_ptr()) is consume
+    assert torch.equal(given, hessian) is not consume
 
 
 def test_hessian_that_float32_cannot_factorise_is_retried_in_float64(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from offline.quantize.hessian import HessianAccumulator, weighted_error
+from offline.quantize.triangular import BLOCK
 from resq_vllm.errors import ResQError
 
 
@@ -36,3 +37,16 @@ def test_weighted_error_is_the_output_error() -> None:
     rounded = weight.round()
     expected = 2 / 30 * ((inputs @ (rounded - weight).T) ** 2).sum()
     assert weighted_error(weight, rounded, 2 / 30 * inputs.T @ inputs) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_more_columns_than_a_panel_are_symmetric_to_the_bit() -> None:
+    rows = torch.randn(50, 2 * BLOCK + 9, generator=torch.Generator().manual_seed(0))
+    accumulator = HessianAccumulator(2 * BLOCK + 9)
+    for part in rows.split(20):
+        accumulator.add(part)
+    found = accumulator.hessian()
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, (2 / 50 * rows.double().T @ rows.double()).float(), rtol=1e-4, atol=1e-5)
+    # The sum became the result.
+    with pytest.raises(ResQError, match="no calibration token"):
+        accumulator.hessian()
