@@ -170,6 +170,7 @@ inline int64_t attention_width(const PageLayout& page) {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;
 #endif

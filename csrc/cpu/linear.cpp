@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 #include "isa.h"
 
@@ -19,6 +20,8 @@ constexpr int64_t kCodeBytes = 16 << 20;
 // Rows·columns up to which every thread quantizes all of them for itself, 5 µs of work, instead of forking twice: a fork
 // and join costs 1 to 2 µs on idle cores, and milliseconds where they are shared.
 constexpr int64_t kInlineColumns = 16384;
+// Bytes of weights that are worth a thread, 5 µs of reading.
+constexpr int64_t kThreadBytes = 64 << 10;
 // An output of this size goes around the caches, half of which it would fill.
 constexpr int64_t kStreamBytes = 1 << 20;
 constexpr int64_t kTasksPerThread = 8;
@@ -59,12 +62,17 @@ const void* row_address(const void* base, DType dtype, int64_t elements) {
 }
 
 
+// Threads that can run at once, however many were asked for.
+int64_t usable_threads() {
+  static const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return std::min(static_cast<int64_t>(torch::stable::get_num_threads()), cores);
+}
+
 // body(begin, end) over shares of [0, count) that threads take as they become free: a thread that loses its core for a
 // while holds up one share.
 template <typename Body>
 void share_out(int64_t count, int64_t share, const Body& body) {
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t workers = std::min(threads, (count + share - 1) / share);
+  const int64_t workers = std::min(usable_threads(), (count + share - 1) / share);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (;;) {
@@ -86,7 +94,7 @@ void move_rows(QuantizeArgs& q, LinearArgs& l, int64_t first) {
 // The rows whose codes fit together.
 void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t panel_rows) {
   const Kernels& k = kernels();
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = usable_threads();
   const int64_t tasks = threads == 1 ? 1 : kTasksPerThread * threads;
   const int64_t units = rows * q.plan.blocks;
   share_out(units, share_of(units, tasks), [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
@@ -117,7 +125,9 @@ void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
   if (rows * args.plan.columns <= kInlineColumns) {
     // So little to quantize that doing it once per thread beats a second fork and join.
     const int64_t superblocks = (args.n + kSuperblock - 1) / kSuperblock;
-    torch::stable::parallel_for(0, superblocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t least = (kThreadBytes + args.plan.superblock_bytes - 1) / args.plan.superblock_bytes;
+    const int64_t share = std::max(least, (superblocks + usable_threads() - 1) / usable_threads());
+    torch::stable::parallel_for(0, superblocks, share, [&](int64_t begin, int64_t end) {
       QuantizeArgs q = quantize;
       LinearArgs l = args;
       place_activation(q, l, rows, Slot::inline_codes);
