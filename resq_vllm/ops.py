@@ -29,8 +29,9 @@ _RUN_MULTIPLE = 8
 
 # --- kernels' instruction set -----------------------------------------------------------------------------------------
 def isa() -> str:
-    """Which kernels run: "amx_int8", "avx512_vnni", "avx2_vnni", "avx2" or "portable"; RESQ_ISA in the environment forces one.
+    """Which kernels run: "amx_int8", "avx512_vnni", "avx2_vnni", "avx2" or "portable".
 
+    The environment variable RESQ_ISA forces one.
     Raises ResQError when RESQ_ISA names an unknown set, or one that this machine lacks.
     """
     try:
