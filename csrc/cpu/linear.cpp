@@ -11,8 +11,8 @@
 namespace resq {
 namespace {
 
-// Rows multiplied together: their codes stay in the L2 cache, but every panel reads and unpacks the weights again. Of 128,
-// 192 and 256 rows of 4096 columns the last are fastest, of 256, 384 and 512 rows of 2048 the second.
+// Rows multiplied together: their codes stay in the L2 cache, but every panel reads and unpacks the weights again. Of
+// 128, 192 and 256 rows of 4096 columns the last are fastest, of 256, 384 and 512 rows of 2048 the second.
 constexpr int64_t kPanelBytes = 1 << 20, kLeastPanelRows = 128, kMostPanelRows = 384;
 // Codes of all panels are made before the first is multiplied, so that threads wait for each other twice, not twice a
 // panel: up to so many bytes.

@@ -29,8 +29,8 @@ struct LinearPlan {
 LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
                      int64_t hadamard_groups, int64_t weight_group);
 
-// A plan's arguments in one row of numbers: hadamard_groups, weight_group, how many numbers the segments have, these, and
-// group_bits.
+// A plan's arguments in one row of numbers: hadamard_groups, weight_group, how many numbers the segments have, these,
+// and group_bits.
 std::vector<int64_t> plan_words(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits,
                                 int64_t hadamard_groups, int64_t weight_group);
 

@@ -8,8 +8,8 @@
 namespace resq {
 namespace {
 
-// Whether a run's raw product and offsets are integers that float32 holds exactly: then they are added as floats, which
-// takes two instructions a vector where 32-bit integers take five.
+// Whether a run's raw product and offsets are integers that float32 holds exactly: then they are added as floats, by an
+// addition and a fused one where integers take three instructions, one of them of ten cycles.
 RESQ_INLINE bool exact_in_float(const RunPlace& run, int32_t bits) {
   return run.length * (bits == 8 ? 128 : 15) * (run.nibbles ? 15 : 255) <= int64_t{1} << 24;
 }
@@ -85,8 +85,8 @@ class Epilogue {
 
   // terms: of rows [first, ...).
   Epilogue(const LinearArgs& args, const RowTerms* terms, int64_t first) : args_(args), terms_(terms), first_(first) {
-    const uintptr_t misaligned = (reinterpret_cast<uintptr_t>(args.out) | static_cast<uintptr_t>(args.out_stride * 2)) % 64;
-    past_caches_ = args.out_past_caches && args.out_dtype == DType::bf16 && !misaligned;
+    const uintptr_t places = reinterpret_cast<uintptr_t>(args.out) | static_cast<uintptr_t>(args.out_stride * 2);
+    past_caches_ = args.out_past_caches && args.out_dtype == DType::bf16 && places % 64 == 0;
   }
   ~Epilogue() {
     if (past_caches_) _mm_sfence();

@@ -92,8 +92,9 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t superblock
   const int64_t terms_bytes = round_up(rows * plan.n_runs * static_cast<int64_t>(sizeof(RowTerms)), 64);
   // A stretch of weights; the products of runs that end, for this block and the one before; sums of the long runs that
   // go on, [half][row][column]; the layer's sums between stretches.
+  const int64_t sums_bytes = (2 * kPieces * words + 2 * sums) * 4;
   uint8_t* scratch =
-      static_cast<uint8_t*>(thread_scratch(Slot::tiles, scratch_bytes + (2 * kPieces * words + 2 * sums) * 4 + terms_bytes));
+      static_cast<uint8_t*>(thread_scratch(Slot::tiles, scratch_bytes + sums_bytes + terms_bytes));
   int32_t* ended = reinterpret_cast<int32_t*>(scratch + scratch_bytes);
   int32_t* open = ended + 2 * kPieces * words;
   float* y = reinterpret_cast<float*>(open + sums);

@@ -13,7 +13,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 64;            // k of a tile product
 constexpr int64_t kHalf = kSuperblock / 2;    // columns that are multiplied together: two tiles
 constexpr int64_t kPairBytes = kTileDepth * kHalf;
-// Of a stretch: for half a superblock 32 of the L1 cache's 48 KiB. Sums of a run that goes on pass through the L2 cache.
+// Of a stretch: for half a superblock 32 of the L1 cache's 48 KiB. Sums of a run that goes on pass through L2.
 constexpr int64_t kStretchTiles = 16;
 constexpr int64_t kPieces = 4;  // runs in a stretch
 

@@ -1,7 +1,7 @@
 // Integer micro-kernels for AVX2, 1 or 2 tokens at a time: with AVX-VNNI, or by pairs of int16 products.
 //
-// Without VNNI: vpmaddubsw saturates at 2^15, so it is used only where two products stay below: nibble weights (2·15·128) and 4-bit
-// activations (2·255·15). Bytes against bytes are widened to int16 first.
+// Without VNNI: vpmaddubsw saturates at 2^15, so it is used only where two products stay below: nibble weights
+// (2·15·128) and 4-bit activations (2·255·15). Bytes against bytes are widened to int16 first.
 #pragma once
 
 #include "vec.h"
