@@ -98,12 +98,12 @@ def _resq(site: SiteName) -> Callable[[torch.Tensor], Iterator[Linear]]:
         outputs = weight.shape[0]
         stored = pack_int4(low) if low_bits == 4 else low
         scales = torch.stack([low_scale[:, 0], high_scale[:, 0]])
-        tail = outputs, segments, group_bits, plan.hadamard_groups, matrix
+        words = ops.plan_tensor(segments, group_bits, plan.hadamard_groups)
         while True:
             # Packed anew, not cloned: pack_weight chooses the pages that a loaded layer has.
             packed, sums = ops.pack_weight(stored, high, low_bits, outputs, segments)
             own = packed, scales.clone(), sums
-            yield lambda x, own=own: ops.linear(x, *own, None, *tail)  # type: ignore[misc, call-arg]
+            yield lambda x, own=own: ops.linear_planned(x, *own, None, words, matrix)  # type: ignore[misc, call-arg]
 
     return build
 

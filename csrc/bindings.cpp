@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "linear(Tensor x, Tensor packed, Tensor scales, Tensor wsum, Tensor? bias, int n, int[] segments, "
       "int[] group_bits, int hadamard_groups, Tensor? hadamard_k, int weight_group=0) -> Tensor");
   m.def(
+      "linear_planned(Tensor x, Tensor packed, Tensor scales, Tensor wsum, Tensor? bias, Tensor plan, "
+      "Tensor? hadamard_k) -> Tensor");
+  m.def(
       "pack_weight(Tensor? low, Tensor? high, int low_bits, int n, int[] segments, int weight_group=0) -> "
       "(Tensor, Tensor)");
   m.def(
@@ -37,6 +40,7 @@ STABLE_TORCH_LIBRARY(resq, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("linear", TORCH_BOX(&resq::linear));
+  m.impl("linear_planned", TORCH_BOX(&resq::linear_planned));
   m.impl("pack_weight", TORCH_BOX(&resq::pack_weight));
   m.impl("quantize_activation", TORCH_BOX(&resq::quantize_activation));
   m.impl("hadamard", TORCH_BOX(&resq::hadamard));

@@ -17,6 +17,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
               std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k,
               int64_t weight_group);
 
+// The same with the plan as words (cpu/plan.h) and N from the scales: converting lists takes up to half of a call.
+Tensor linear_planned(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+                      const std::optional<Tensor>& bias, const Tensor& plan, const std::optional<Tensor>& hadamard_k);
+
 std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const std::optional<Tensor>& high,
                                        int64_t low_bits, int64_t n, std::vector<int64_t> segments, int64_t weight_group);
 

@@ -1,4 +1,4 @@
-"""``ResQLinearMethod``: checkpoint tensors in, one ``ops.linear`` call a layer out."""
+"""``ResQLinearMethod``: checkpoint tensors in, one ``ops.linear_planned`` call a layer out."""
 
 from __future__ import annotations
 
@@ -120,12 +120,9 @@ class ResQLinearMethod(LinearMethodBase):
         low, high = _take(layer, "weight_low"), _take(layer, "weight_high")
         scales = [_take(layer, "weight_low_scale"), _take(layer, "weight_high_scale")]
         outputs = next(s.shape[0] for s in scales if s is not None)
-        layer.resq_outputs = outputs
-        layer.resq_segments = plan.flat_segments()
-        layer.resq_group_bits = list(plan.group_bits)
-        packed, sums = ops.pack_weight(
-            low, high, self.site.weight_low_bits, outputs, layer.resq_segments, plan.weight_group
-        )
+        segments = plan.flat_segments()
+        packed, sums = ops.pack_weight(low, high, self.site.weight_low_bits, outputs, segments, plan.weight_group)
+        layer.resq_plan_tensor = ops.plan_tensor(segments, plan.group_bits, plan.hadamard_groups, plan.weight_group)
         low_scale, high_scale = (torch.zeros(outputs, device=packed.device) if s is None else s for s in scales)
         _parameter(layer, "packed_weight", packed)
         _parameter(layer, "weight_sums", sums)
@@ -140,18 +137,14 @@ class ResQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op, then A and B."""
-        y = ops.linear(
+        y = ops.linear_planned(
             x,
             layer.packed_weight,
             layer.weight_scales,
             layer.weight_sums,
             bias,
-            layer.resq_outputs,
-            layer.resq_segments,
-            layer.resq_group_bits,
-            layer.resq_plan.hadamard_groups,
+            layer.resq_plan_tensor,
             layer.hadamard_k,
-            layer.resq_plan.weight_group,
         )
         return y if layer.low_rank_a is None else y + (x @ layer.low_rank_a) @ layer.low_rank_b
 

@@ -1,4 +1,4 @@
-"""``ResQLMHeadMethod``: lm_head at 8 bits, one ``ops.linear`` call on this rank's rows of the vocabulary."""
+"""``ResQLMHeadMethod``: lm_head at 8 bits, one ``ops.linear_planned`` call on this rank's rows of the vocabulary."""
 
 from __future__ import annotations
 

@@ -29,8 +29,9 @@ _RUN_MULTIPLE = 8
 
 # --- kernels' instruction set -----------------------------------------------------------------------------------------
 def isa() -> str:
-    """Which kernels run: "amx_int8", "avx512_vnni", "avx2" or "portable"; the environment variable RESQ_ISA forces one.
+    """Which kernels run: "amx_int8", "avx512_vnni", "avx2_vnni", "avx2" or "portable".
 
+    The environment variable RESQ_ISA forces one.
     Raises ResQError when RESQ_ISA names an unknown set, or one that this machine lacks.
     """
     try:
@@ -96,6 +97,26 @@ def linear(
     return torch.ops.resq.linear(
         x, packed, scales, wsum, bias, n, segments, group_bits, hadamard_groups, hadamard_k, weight_group
     )
+
+
+def plan_tensor(
+    segments: Sequence[int], group_bits: Sequence[int], hadamard_groups: int = 0, weight_group: int = 0
+) -> torch.Tensor:
+    """A plan as :func:`linear_planned` takes it: int64, made once a layer."""
+    return torch.tensor([hadamard_groups, weight_group, len(segments), *segments, *group_bits], dtype=torch.int64)
+
+
+def linear_planned(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    wsum: torch.Tensor,
+    bias: torch.Tensor | None,
+    plan: torch.Tensor,
+    hadamard_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`linear` with its lists and numbers in ``plan`` (from :func:`plan_tensor`, on the CPU): cheaper to call."""
+    return torch.ops.resq.linear_planned.default(x, packed, scales, wsum, bias, plan, hadamard_k)
 
 
 def quantize_activation(
@@ -189,6 +210,19 @@ def _linear_fake(
     weight_group: int = 0,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("resq::linear_planned")
+def _linear_planned_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    wsum: torch.Tensor,
+    bias: torch.Tensor | None,
+    plan: torch.Tensor,
+    hadamard_k: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
 @torch.library.register_fake("resq::pack_weight")

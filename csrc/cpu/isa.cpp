@@ -20,13 +20,25 @@ struct Candidate {
   const Kernels* kernels;  // null: this machine lacks it
 };
 
-constexpr int kCandidates = 4;
+constexpr int kCandidates = 5;
 
 #if defined(__x86_64__)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+// VNNI on 256-bit registers in AVX's encoding: processors without AVX-512.
+bool has_avx_vnni() {
+  constexpr unsigned kAvxVnni = 1u << 4;  // CPUID leaf 7, subleaf 1, EAX
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
 }
 
 // The processor has AMX for int8, and the kernel lets this process (all of its threads) use the 8 KiB of tile state.
@@ -50,13 +62,12 @@ const Candidate* candidates() {
 #if defined(__x86_64__)
       {"amx_int8", has_amx() ? &kAmxKernels : nullptr},
       {"avx512_vnni", has_avx512() ? &kAvx512Kernels : nullptr},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                       __builtin_cpu_supports("bmi2")
-                   ? &kAvx2Kernels
-                   : nullptr},
+      {"avx2_vnni", has_avx_vnni() ? &kAvx2VnniKernels : nullptr},
+      {"avx2", has_avx2() ? &kAvx2Kernels : nullptr},
 #else
       {"amx_int8", nullptr},
       {"avx512_vnni", nullptr},
+      {"avx2_vnni", nullptr},
       {"avx2", nullptr},
 #endif
       {"portable", &kPortableKernels},

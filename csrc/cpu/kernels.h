@@ -83,6 +83,7 @@ struct LinearArgs {
   void* out;
   DType out_dtype;
   int64_t out_stride;
+  bool out_past_caches;  // the output would only displace what is read again
 };
 
 struct HadamardRowsArgs {
@@ -152,8 +153,8 @@ struct Kernels {
   const char* name;
   // Units [begin, end) of rows x plan.blocks.
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end);
-  // One superblock of output columns for rows [begin, end).
-  void (*linear)(const LinearArgs&, int64_t superblock, int64_t begin, int64_t end);
+  // Superblocks [superblock, superblock_end) of output columns for rows [begin, end).
+  void (*linear)(const LinearArgs&, int64_t superblock, int64_t superblock_end, int64_t begin, int64_t end);
   void (*hadamard)(const HadamardRowsArgs&, int64_t begin, int64_t end);
   // Tokens [begin, end).
   void (*kv_write)(const KVWriteArgs&, int64_t begin, int64_t end);
@@ -169,6 +170,7 @@ inline int64_t attention_width(const PageLayout& page) {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;
 #endif

@@ -3,19 +3,28 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 
 #include "isa.h"
 
 namespace resq {
 namespace {
 
-// Rows quantized and multiplied together: their codes stay in the L2 cache (a panel of 2 MiB at K = 8192 is 8 % slower
-// than one of 1 MiB), but every panel reads and unpacks the weights again (64 rows are 25 % slower than 128).
-constexpr int64_t kPanelBytes = 1 << 20, kLeastPanelRows = 128, kMostPanelRows = 256;
+// Rows multiplied together: their codes stay in the L2 cache, but every panel reads and unpacks the weights again. Of
+// 128, 192 and 256 rows of 4096 columns the last are fastest, of 256, 384 and 512 rows of 2048 the second.
+constexpr int64_t kPanelBytes = 1 << 20, kLeastPanelRows = 128, kMostPanelRows = 384;
+// Codes of all panels are made before the first is multiplied, so that threads wait for each other twice, not twice a
+// panel: up to so many bytes.
+constexpr int64_t kCodeBytes = 16 << 20;
 // Rows·columns up to which every thread quantizes all of them for itself, 5 µs of work, instead of forking twice: a fork
 // and join costs 1 to 2 µs on idle cores, and milliseconds where they are shared.
 constexpr int64_t kInlineColumns = 16384;
-constexpr int64_t kTasksPerThread = 4;
+// Bytes of weights that are worth a thread, 5 µs of reading.
+constexpr int64_t kThreadBytes = 64 << 10;
+// An output of this size goes around the caches, half of which it would fill.
+constexpr int64_t kStreamBytes = 1 << 20;
+constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kRowTile = 6;       // rows of a micro-kernel
 constexpr int64_t kPanelTile = 32;    // rows of a pair of tiles
 constexpr int64_t kRowPadding = 15;   // rows that tiles read past the last one, whatever they hold
@@ -52,49 +61,90 @@ const void* row_address(const void* base, DType dtype, int64_t elements) {
   return static_cast<const uint8_t*>(base) + elements * (dtype == DType::f32 ? 4 : 2);
 }
 
+
+// Threads that can run at once, however many were asked for.
+int64_t usable_threads() {
+  static const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return std::min(static_cast<int64_t>(torch::stable::get_num_threads()), cores);
+}
+
+// body(begin, end) over shares of [0, count) that threads take as they become free: a thread that loses its core for a
+// while holds up one share.
+template <typename Body>
+void share_out(int64_t count, int64_t share, const Body& body) {
+  const int64_t workers = std::min(usable_threads(), (count + share - 1) / share);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t begin = next.fetch_add(share, std::memory_order_relaxed);
+      if (begin >= count) return;
+      body(begin, std::min(count, begin + share));
+    }
+  });
+}
+
+int64_t share_of(int64_t count, int64_t tasks) { return std::max<int64_t>(1, count / tasks); }
+
+// Rows [first, first + rows) as arguments of their own.
+void move_rows(QuantizeArgs& q, LinearArgs& l, int64_t first) {
+  q.x = row_address(q.x, q.dtype, first * q.row_stride);
+  l.out = const_cast<void*>(row_address(l.out, l.out_dtype, first * l.out_stride));
+}
+
+// The rows whose codes fit together.
+void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t panel_rows) {
+  const Kernels& k = kernels();
+  const int64_t threads = usable_threads();
+  const int64_t tasks = threads == 1 ? 1 : kTasksPerThread * threads;
+  const int64_t units = rows * q.plan.blocks;
+  share_out(units, share_of(units, tasks), [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
+
+  const int64_t superblocks = (l.n + kSuperblock - 1) / kSuperblock;
+  const int64_t panels = (rows + panel_rows - 1) / panel_rows;
+  // Few superblocks leave threads idle: cut the rows as well.
+  const int64_t tile = rows >= 2 * kPanelTile ? kPanelTile : kRowTile;
+  const int64_t wanted = threads == 1 || superblocks * panels >= tasks / 2 ? panels : tasks / 2 / superblocks + 1;
+  const int64_t height = std::max(tile, ((rows + wanted - 1) / wanted + tile - 1) / tile * tile);
+  const int64_t parts = (rows + height - 1) / height;
+  // Neighbouring superblocks of the same rows in one call: the kernel reads ahead from one to the next.
+  const int64_t width = share_of(superblocks, (tasks + parts - 1) / parts);
+  const int64_t widths = (superblocks + width - 1) / width;
+  share_out(parts * widths, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t from = task / widths * height, superblock = task % widths * width;
+      k.linear(l, superblock, std::min(superblocks, superblock + width), from, std::min(rows, from + height));
+    }
+  });
+}
+
 }  // namespace
 
 void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
-  using torch::stable::parallel_for;
   const Kernels& k = kernels();
-  const int64_t superblocks = (args.n + kSuperblock - 1) / kSuperblock;
-
+  args.out_past_caches = rows * args.n * 2 >= kStreamBytes;
   if (rows * args.plan.columns <= kInlineColumns) {
     // So little to quantize that doing it once per thread beats a second fork and join.
-    parallel_for(0, superblocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t superblocks = (args.n + kSuperblock - 1) / kSuperblock;
+    const int64_t least = (kThreadBytes + args.plan.superblock_bytes - 1) / args.plan.superblock_bytes;
+    const int64_t share = std::max(least, (superblocks + usable_threads() - 1) / usable_threads());
+    torch::stable::parallel_for(0, superblocks, share, [&](int64_t begin, int64_t end) {
       QuantizeArgs q = quantize;
       LinearArgs l = args;
       place_activation(q, l, rows, Slot::inline_codes);
       k.quantize(q, 0, rows * q.plan.blocks);
-      for (int64_t s = begin; s < end; ++s) k.linear(l, s, 0, rows);
+      k.linear(l, begin, end, 0, rows);
     });
     return;
   }
-
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t panel_rows = std::clamp(kPanelBytes / args.plan.padded_columns / kPanelTile * kPanelTile,
-                                        kLeastPanelRows, kMostPanelRows);
-  place_activation(quantize, args, std::min(rows, panel_rows), Slot::panel_codes);
-  for (int64_t first = 0; first < rows; first += panel_rows) {
-    const int64_t panel = std::min(panel_rows, rows - first);
+  const int64_t panel = std::clamp(kPanelBytes / args.plan.padded_columns / kPanelTile * kPanelTile, kLeastPanelRows,
+                                   kMostPanelRows);
+  const int64_t most = std::max<int64_t>(1, kCodeBytes / code_stride(args.plan) / panel) * panel;
+  place_activation(quantize, args, std::min(rows, most), Slot::panel_codes);
+  for (int64_t first = 0; first < rows; first += most) {
     QuantizeArgs q = quantize;
     LinearArgs l = args;
-    q.x = row_address(quantize.x, quantize.dtype, first * quantize.row_stride);
-    l.out = const_cast<void*>(row_address(args.out, args.out_dtype, first * args.out_stride));
-    parallel_for(0, panel * q.plan.blocks, 1, [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
-    // Few superblocks leave threads idle: cut the rows as well.
-    const int64_t tile = panel >= 2 * kPanelTile ? kPanelTile : kRowTile, tiles = (panel + tile - 1) / tile;
-    const int64_t tasks = kTasksPerThread * threads;
-    const int64_t wanted = threads == 1 || superblocks >= tasks ? 1 : (tasks + superblocks - 1) / superblocks;
-    const int64_t cuts = std::min(wanted, tiles);
-    const int64_t share = (tiles + cuts - 1) / cuts * tile;
-    const int64_t parts = (panel + share - 1) / share;
-    parallel_for(0, superblocks * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t from = task % parts * share;
-        k.linear(l, task / parts, from, std::min(panel, from + share));
-      }
-    });
+    move_rows(q, l, first);
+    run_rows(q, l, std::min(most, rows - first), panel);
   }
 }
 

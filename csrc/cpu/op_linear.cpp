@@ -1,4 +1,4 @@
-// torch.ops.resq.linear, quantize_activation and hadamard: checks, then the kernels.
+// torch.ops.resq.linear, linear_planned, quantize_activation and hadamard: checks, then the kernels.
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
@@ -55,26 +55,23 @@ HadamardArgs hadamard_args(int64_t groups, const std::optional<Tensor>& dense, i
   return h;
 }
 
-QuantizeArgs quantize_args(const Rows& rows, const LinearPlan& plan, int64_t hadamard_groups,
-                           const std::optional<Tensor>& hadamard_k) {
+QuantizeArgs quantize_args(const Rows& rows, const LinearPlan& plan, const std::optional<Tensor>& hadamard_k) {
   QuantizeArgs q{};
   q.x = rows.tensor.const_data_ptr();
   q.dtype = rows.dtype;
   q.row_stride = rows.stride;
   q.plan = plan.view();
-  q.hadamard = hadamard_args(hadamard_groups, hadamard_k, plan.columns);
+  q.hadamard = hadamard_args(plan.hadamard_groups, hadamard_k, plan.columns);
   return q;
 }
 
 // The plan whose superblocks fill `packed`: the width of the low weights is not an argument, but it shows in the size.
-const LinearPlan& plan_of_packed(const Tensor& packed, int64_t n, const std::vector<int64_t>& segments,
-                                 const std::vector<int64_t>& group_bits, int64_t hadamard_groups,
-                                 int64_t weight_group) {
+const LinearPlan& plan_of_packed(const Tensor& packed, int64_t n, const int64_t* words, int64_t count) {
   const int64_t superblocks = (n + kSuperblock - 1) / kSuperblock, bytes = packed.numel();
-  const LinearPlan& nibbles = cached_plan(segments, group_bits, 4, hadamard_groups, weight_group);
+  const LinearPlan& nibbles = cached_plan(words, count, 4);
   const int64_t expected = superblocks * nibbles.superblock_bytes;
   if (bytes == expected) return nibbles;
-  const LinearPlan& plan = cached_plan(segments, group_bits, 8, hadamard_groups, weight_group);
+  const LinearPlan& plan = cached_plan(words, count, 8);
   if (bytes != superblocks * plan.superblock_bytes)
     check(false, "packed holds " + std::to_string(bytes) + " bytes, but these segments and n = " + std::to_string(n) +
                      " need " + std::to_string(expected) + " (or " +
@@ -83,12 +80,9 @@ const LinearPlan& plan_of_packed(const Tensor& packed, int64_t n, const std::vec
   return plan;
 }
 
-}  // namespace
-
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
-              const std::optional<Tensor>& bias, int64_t n, std::vector<int64_t> segments,
-              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k,
-              int64_t weight_group) {
+Tensor run(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+           const std::optional<Tensor>& bias, int64_t n, const int64_t* words, int64_t count,
+           const std::optional<Tensor>& hadamard_k) {
   check(n > 0, "n must be positive");
   check_dtype(packed, ScalarType::Byte, "packed", "uint8");
   check_dtype(scales, ScalarType::Float, "scales", "float32");
@@ -96,7 +90,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   check_contiguous(packed, "packed");
   check_contiguous(scales, "scales");
   check_contiguous(wsum, "wsum");
-  const LinearPlan& plan = plan_of_packed(packed, n, segments, group_bits, hadamard_groups, weight_group);
+  const LinearPlan& plan = plan_of_packed(packed, n, words, count);
   check_shape(scales, {plan.scale_rows, n}, "scales");
   check_shape(wsum, {static_cast<int64_t>(plan.runs.size()), n}, "wsum");
   const Rows rows = rows_of(x, plan.columns, "x");
@@ -121,21 +115,41 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   args.out = out.mutable_data_ptr();
   args.out_dtype = rows.dtype;
   args.out_stride = n;
-  run_linear(quantize_args(rows, plan, hadamard_groups, hadamard_k), args, rows.count);
+  run_linear(quantize_args(rows, plan, hadamard_k), args, rows.count);
   return out;
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+              const std::optional<Tensor>& bias, int64_t n, std::vector<int64_t> segments,
+              std::vector<int64_t> group_bits, int64_t hadamard_groups, const std::optional<Tensor>& hadamard_k,
+              int64_t weight_group) {
+  const std::vector<int64_t> words = plan_words(segments, group_bits, hadamard_groups, weight_group);
+  return run(x, packed, scales, wsum, bias, n, words.data(), static_cast<int64_t>(words.size()), hadamard_k);
+}
+
+Tensor linear_planned(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+                      const std::optional<Tensor>& bias, const Tensor& plan, const std::optional<Tensor>& hadamard_k) {
+  check_dtype(plan, ScalarType::Long, "plan", "int64");
+  check_contiguous(plan, "plan");
+  check(scales.dim() == 2, "scales must have shape [rows, N]");
+  return run(x, packed, scales, wsum, bias, scales.size(1), static_cast<const int64_t*>(plan.const_data_ptr()),
+             plan.numel(), hadamard_k);
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vector<int64_t> segments,
                                                        std::vector<int64_t> group_bits, int64_t hadamard_groups,
                                                        const std::optional<Tensor>& hadamard_k) {
-  const LinearPlan& plan = cached_plan(segments, group_bits, 4, hadamard_groups, 0);
+  const std::vector<int64_t> words = plan_words(segments, group_bits, hadamard_groups, 0);
+  const LinearPlan& plan = cached_plan(words.data(), static_cast<int64_t>(words.size()), 4);
   check(x.dim() == 2, "x must have shape [M, K], not " + shape_of(x));
   const Rows rows = rows_of(x, plan.columns, "x");
   const int64_t groups = static_cast<int64_t>(plan.group_bits.size());
   Tensor codes = empty({rows.count, plan.columns}, ScalarType::Byte, x);
   Tensor scale = empty({rows.count, groups}, ScalarType::Float, x);
   Tensor zero = empty({rows.count, groups}, ScalarType::Int, x);
-  QuantizeArgs q = quantize_args(rows, plan, hadamard_groups, hadamard_k);
+  QuantizeArgs q = quantize_args(rows, plan, hadamard_k);
   q.column_order = true;
   q.codes = codes.mutable_data_ptr();
   q.code_stride = plan.columns;

@@ -115,6 +115,7 @@ LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int
     plan.group_bits.push_back(static_cast<int32_t>(bits));
   }
   check(weight_group >= 0, "weight_group must not be negative, but is " + std::to_string(weight_group));
+  plan.hadamard_groups = hadamard_groups;
   make_runs(plan, segments, low_bits, weight_group);
   check(hadamard_groups >= 0 && (hadamard_groups == 0 || plan.columns % hadamard_groups == 0),
         "hadamard_groups = " + std::to_string(hadamard_groups) + " does not divide " + std::to_string(plan.columns) +
@@ -128,37 +129,53 @@ LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int
 namespace {
 
 struct CachedPlan {
-  std::vector<int64_t> segments, group_bits;
+  std::vector<int64_t> words;
   int low_bits;
-  int64_t hadamard_groups, weight_group;
   LinearPlan plan;
 
-  bool is(const std::vector<int64_t>& s, const std::vector<int64_t>& g, int bits, int64_t groups, int64_t weight) const {
-    return low_bits == bits && hadamard_groups == groups && weight_group == weight && group_bits == g && segments == s;
+  bool is(const int64_t* other, int64_t count, int bits) const {
+    return low_bits == bits && static_cast<int64_t>(words.size()) == count &&
+           std::equal(words.begin(), words.end(), other);
   }
 };
 
 constexpr size_t kCachedPlans = 64;
+constexpr int64_t kHeader = 3;
+
+LinearPlan plan_of_words(const std::vector<int64_t>& words, int low_bits) {
+  const int64_t count = static_cast<int64_t>(words.size()), segments = count < kHeader ? -1 : words[2];
+  check(segments >= 0 && segments <= count - kHeader, "plan is not what plan_tensor makes");
+  const auto at = words.begin() + kHeader;
+  return make_plan({at, at + segments}, {at + segments, words.end()}, low_bits, words[0], words[1]);
+}
 
 }  // namespace
 
-const LinearPlan& cached_plan(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits, int low_bits,
-                              int64_t hadamard_groups, int64_t weight_group) {
+std::vector<int64_t> plan_words(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits,
+                                int64_t hadamard_groups, int64_t weight_group) {
+  std::vector<int64_t> words{hadamard_groups, weight_group, static_cast<int64_t>(segments.size())};
+  words.reserve(words.size() + segments.size() + group_bits.size());
+  words.insert(words.end(), segments.begin(), segments.end());
+  words.insert(words.end(), group_bits.begin(), group_bits.end());
+  return words;
+}
+
+const LinearPlan& cached_plan(const int64_t* words, int64_t count, int low_bits) {
   static thread_local std::vector<std::unique_ptr<CachedPlan>> cache;
   static thread_local size_t oldest = 0;
   for (const auto& entry : cache)
-    if (entry->is(segments, group_bits, low_bits, hadamard_groups, weight_group)) return entry->plan;
-  auto made = std::make_unique<CachedPlan>(
-      CachedPlan{segments, group_bits, low_bits, hadamard_groups, weight_group,
-                 make_plan(segments, group_bits, low_bits, hadamard_groups, weight_group)});
+    if (entry->is(words, count, low_bits)) return entry->plan;
+  std::vector<int64_t> own(words, words + count);
+  LinearPlan plan = plan_of_words(own, low_bits);
+  auto made = std::make_unique<CachedPlan>(CachedPlan{std::move(own), low_bits, std::move(plan)});
   if (cache.size() < kCachedPlans) {
     cache.push_back(std::move(made));
     return cache.back()->plan;
   }
   cache[oldest] = std::move(made);
-  const LinearPlan& plan = cache[oldest]->plan;
+  const LinearPlan& kept = cache[oldest]->plan;
   oldest = (oldest + 1) % kCachedPlans;
-  return plan;
+  return kept;
 }
 
 PlanView LinearPlan::view() const {

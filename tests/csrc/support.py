@@ -18,7 +18,7 @@ from resq_vllm.hadamard import hadamard_matrix
 
 def _machine_isas() -> list[str]:
     names = []
-    for name in ("amx_int8", "avx512_vnni", "avx2", "portable"):
+    for name in ("amx_int8", "avx512_vnni", "avx2_vnni", "avx2", "portable"):
         try:
             names.append(ops.set_isa(name))
         except ResQError:
@@ -73,6 +73,7 @@ class Weights:
         # Made here: torch.compile on Python 3.11 cannot trace the plan's cached properties.
         self.arguments = plan_arguments(plan)
         self.weight_group = plan.weight_group
+        self.words = ops.plan_tensor(*self.arguments[:3], plan.weight_group)
         self.low = torch.randint(-limit, limit, (outputs, low), generator=g).to(torch.int8)
         self.high = torch.randint(-128, 128, (outputs, high), generator=g).to(torch.int8)
         self.scales = torch.rand(plan.scale_rows, outputs, generator=g) * 0.1
@@ -94,6 +95,9 @@ class Weights:
         return ops.linear(
             x, self.packed, self.scales, self.sums, bias, self.outputs, *self.arguments, self.weight_group
         )
+
+    def apply_planned(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.linear_planned(x, self.packed, self.scales, self.sums, bias, self.words, self.arguments[-1])
 
 
 def plan_arguments(plan: LinearPlan) -> tuple[list[int], list[int], int, torch.Tensor | None]:

@@ -243,6 +243,68 @@ def test_result_does_not_depend_on_threads() -> None:
         assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("threads", [1, 128])
+@pytest.mark.parametrize("rows", [1, 8, 40, 300])
+def test_more_threads_than_cores(rows: int, threads: int) -> None:
+    plan, low_bits = PLANS["down_blocks_with_high"]
+    weights, x = Weights(plan, 330, low_bits, 7), _input(rows, plan.columns, torch.bfloat16, 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _check(weights, x)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [64, 96, 129])
+def test_large_outputs(dtype: torch.dtype, outputs: int) -> None:
+    """Outputs that do not fit the caches, in whole lines and not."""
+    plan = LinearPlan((Segment(8, 0, 0),), (8,))
+    _check(Weights(plan, outputs, 4, 9), _input(2**20 // outputs, plan.columns, dtype, 9))
+
+
+@pytest.mark.parametrize("low", [1024, 1030, 2400])
+def test_a_share_of_a_run_beside_whole_ones(low: int) -> None:
+    """Tiles take shares of long runs and several short ones together; some sums leave what float32 holds exactly."""
+    segments = (Segment(70, 0, 0), Segment(low, 1, 1), Segment(20, 0, 2), Segment(900, 0, 3), Segment(8, 1, 1))
+    plan = LinearPlan(segments, (4, 8, 8, 4))
+    for rows in (7, 33, 80):
+        _check(Weights(plan, 100, 4, rows), _input(rows, plan.columns, torch.bfloat16, rows))
+
+
+def test_inputs_of_any_layout() -> None:
+    plan, low_bits = PLANS["split_odd_widths"]
+    weights = Weights(plan, 75, low_bits, 2)
+    wide = torch.randn(40, 3, plan.columns + 5, generator=generator(3)).bfloat16()
+    for x in (wide[::3, 1, 2:-3], wide[:, :, 5:], wide.transpose(0, 1)[..., :-5], wide[:1, 0, 5:].expand(9, -1)):
+        expected = weights.reference(x.reshape(-1, plan.columns)).reshape(*x.shape[:-1], 75)
+        for isa in ISAS:
+            with running(isa):
+                assert_identical(weights.apply(x), expected, isa)
+                assert_identical(weights.apply_planned(x), expected, isa)
+
+
+def test_planned_is_the_same_op() -> None:
+    for name, (plan, low_bits) in PLANS.items():
+        weights, x = Weights(plan, 70, low_bits, 4), _input(9, plan.columns, torch.bfloat16, 5)
+        bias = torch.randn(70, generator=generator(6)).bfloat16()
+        assert_identical(weights.apply_planned(x, bias), weights.apply(x, bias), name)
+        assert weights.apply_planned(x[:0]).shape == (0, 70)
+
+
+def test_bad_plans_are_named() -> None:
+    plan, low_bits = PLANS["split"]
+    w, x = Weights(plan, 40, low_bits, 2), torch.randn(2, plan.columns)
+    for message, words in {
+        "plan must be int64": w.words.int(),
+        "plan is not what plan_tensor makes": w.words[:2],
+        "segments must be a list of": torch.cat([w.words[:2], torch.tensor([4]), w.words[3:]]),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.linear_planned(x, w.packed, w.scales, w.sums, None, words)
+
+
 def test_bad_arguments_are_named() -> None:
     plan, low_bits = PLANS["split"]
     w = Weights(plan, 40, low_bits, 2)

@@ -44,6 +44,7 @@ def test_library_checks_of_linear_ops(name: str) -> None:
     arguments = w.arguments
     calls = {
         torch.ops.resq.linear.default: (x, w.packed, w.scales, w.sums, torch.randn(70), 70, *arguments),
+        torch.ops.resq.linear_planned.default: (x, w.packed, w.scales, w.sums, None, w.words, arguments[-1]),
         torch.ops.resq.quantize_activation.default: (x, *arguments),
     }
     if w.plan.hadamard_groups:

@@ -74,13 +74,27 @@ RESQ_INLINE VF load_bfloat(const uint16_t* p) {
   return (VF)(__builtin_convertvector(*reinterpret_cast<const VHMem*>(p), VU) << 16);
 }
 
-RESQ_INLINE void store_bfloat(uint16_t* p, VF v) {
+// bfloat16 in the upper halves of the words, whatever in the lower ones.
+RESQ_INLINE VU bfloat_words(VF v) {
   const VU bits = (VU)v;
-  const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const VU quiet_nan = (bits >> 16) | 0x40u;
-  const VU chosen = (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded;
-  *reinterpret_cast<VHMem*>(p) = __builtin_convertvector(chosen, VH);
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
 }
+RESQ_INLINE void store_bfloat(uint16_t* p, VF v) {
+  *reinterpret_cast<VHMem*>(p) = __builtin_convertvector(bfloat_words(v) >> 16, VH);
+}
+#if defined(RESQ_TU_AVX512)
+// 32 values, a cache line of bfloat16.
+RESQ_INLINE __m512i bfloats(VF low, VF high) {
+  alignas(64) static constexpr struct UpperHalves {
+    uint16_t at[32];
+    constexpr UpperHalves() : at() {
+      for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(2 * i + 1);
+    }
+  } upper;
+  const __m512i order = _mm512_load_si512(upper.at);
+  return _mm512_permutex2var_epi16((__m512i)bfloat_words(low), order, (__m512i)bfloat_words(high));
+}
+#endif
 
 RESQ_INLINE int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 

@@ -103,5 +103,10 @@ void linear_superblock(const LinearArgs& args, int64_t superblock, int64_t begin
   }
 }
 
+void linear_superblocks(const LinearArgs& args, int64_t superblock, int64_t superblock_end, int64_t begin,
+                        int64_t end) {
+  for (; superblock < superblock_end; ++superblock) linear_superblock(args, superblock, begin, end);
+}
+
 }  // namespace
 }  // namespace resq

@@ -28,12 +28,9 @@ RESQ_INLINE VF butterflies_below(VF v, int64_t width) {
   }
 }
 
-// All stages of a stretch of V vectors, in registers.
+// Stages of V vectors among each other.
 template <int V>
-RESQ_INLINE void butterflies_in_registers(float* x) {
-  VF v[V];
-#pragma GCC unroll 8
-  for (int i = 0; i < V; ++i) v[i] = butterflies_below<1>(load(x + i * W), W);
+RESQ_INLINE void butterflies_across(VF (&v)[V]) {
 #pragma GCC unroll 4
   for (int step = 1; step < V; step *= 2)
 #pragma GCC unroll 8
@@ -43,8 +40,31 @@ RESQ_INLINE void butterflies_in_registers(float* x) {
       v[i] = a + b;
       v[i + step] = a - b;
     }
+}
+
+// All stages of a stretch of V vectors, in registers.
+template <int V>
+RESQ_INLINE void butterflies_in_registers(float* x) {
+  VF v[V];
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) v[i] = butterflies_below<1>(load(x + i * W), W);
+  butterflies_across(v);
 #pragma GCC unroll 8
   for (int i = 0; i < V; ++i) store(x + i * W, v[i]);
+}
+
+// The stages of distances step, 2·step … V/2·step: one pass over x instead of one a stage.
+template <int V>
+void butterflies_apart(float* x, int64_t total, int64_t step) {
+  for (int64_t j = 0; j < total; j += V * step)
+    for (int64_t l = j; l < j + step; l += W) {
+      VF v[V];
+#pragma GCC unroll 8
+      for (int i = 0; i < V; ++i) v[i] = load(x + l + i * step);
+      butterflies_across(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < V; ++i) store(x + l + i * step, v[i]);
+    }
 }
 
 // Walsh-Hadamard transform (Sylvester order, not normalised) of every stretch of `width` floats; width divides total.
@@ -69,13 +89,12 @@ void walsh_hadamard(float* x, int64_t total, int64_t width) {
         x[l] = a + b;
         x[l + near] = a - b;
       }
-  for (; step < width; step *= 2)
-    for (int64_t j = 0; j < total; j += 2 * step)
-      for (int64_t l = j; l < j + step; l += W) {
-        const VF a = load(x + l), b = load(x + l + step);
-        store(x + l, a + b);
-        store(x + l + step, a - b);
-      }
+  for (; step * 4 < width; step *= 8) butterflies_apart<8>(x, total, step);
+  if (step * 2 < width) {
+    butterflies_apart<4>(x, total, step);
+  } else if (step < width) {
+    butterflies_apart<2>(x, total, step);
+  }
 }
 
 void divide(float* x, int64_t n, float divisor) {

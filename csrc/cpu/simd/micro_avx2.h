@@ -1,7 +1,7 @@
-// Integer micro-kernels for AVX2: pairs of int16 products instead of VNNI, 1 or 2 tokens at a time.
+// Integer micro-kernels for AVX2, 1 or 2 tokens at a time: with AVX-VNNI, or by pairs of int16 products.
 //
-// vpmaddubsw saturates at 2^15, so it is used only where two products stay below: nibble weights (2·15·128) and 4-bit
-// activations (2·255·15). Bytes against bytes are widened to int16 first.
+// Without VNNI: vpmaddubsw saturates at 2^15, so it is used only where two products stay below: nibble weights
+// (2·15·128) and 4-bit activations (2·255·15). Bytes against bytes are widened to int16 first.
 #pragma once
 
 #include "vec.h"
@@ -16,6 +16,9 @@ RESQ_INLINE __m256i broadcast_word(const int8_t* p) {
 }
 
 RESQ_INLINE __m256i dot_safe(__m256i acc, __m256i weight, __m256i activation) {
+#if defined(RESQ_VNNI)
+  return _mm256_dpbusd_avx_epi32(acc, weight, activation);
+#endif
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, activation), _mm256_set1_epi16(1)));
 }
 
@@ -49,6 +52,12 @@ RESQ_INLINE void nibbles_tile(const uint8_t* w, const int8_t* a, int64_t lda, in
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + m * 64 + v * 8), acc[m][v]);
 }
 
+#if defined(RESQ_VNNI)
+constexpr bool kVnni = true;  // no product saturates: bytes against bytes are as good as narrow ones
+#else
+constexpr bool kVnni = false;
+#endif
+
 template <int MR, int NV, bool kNarrow>
 RESQ_INLINE void bytes_tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
   __m256i acc[MR][NV];
@@ -61,7 +70,7 @@ RESQ_INLINE void bytes_tile(const uint8_t* w, const int8_t* a, int64_t lda, int6
 #pragma GCC unroll 2
     for (int m = 0; m < MR; ++m) {
       const __m256i word = broadcast_word(a + m * lda + g * 4);
-      even[m] = kNarrow ? word : _mm256_srai_epi16(_mm256_slli_epi16(word, 8), 8);
+      even[m] = kNarrow || kVnni ? word : _mm256_srai_epi16(_mm256_slli_epi16(word, 8), 8);
       odd[m] = _mm256_srai_epi16(word, 8);
     }
 #pragma GCC unroll 8
@@ -71,7 +80,7 @@ RESQ_INLINE void bytes_tile(const uint8_t* w, const int8_t* a, int64_t lda, int6
       const __m256i high = _mm256_srli_epi16(weight, 8);
 #pragma GCC unroll 2
       for (int m = 0; m < MR; ++m) {
-        if (kNarrow) {
+        if (kNarrow || kVnni) {
           acc[m][v] = dot_safe(acc[m][v], weight, even[m]);
         } else {
           acc[m][v] = _mm256_add_epi32(acc[m][v], _mm256_madd_epi16(low, even[m]));

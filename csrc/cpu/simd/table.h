@@ -9,7 +9,7 @@ namespace resq {
 namespace {
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize_units, linear_superblock, hadamard_rows, kv_write_tokens, attention_float, merge_shares};
+  return {name, quantize_units, linear_superblocks, hadamard_rows, kv_write_tokens, attention_float, merge_shares};
 }
 
 }  // namespace

@@ -32,6 +32,11 @@ template <int T>
 RESQ_INLINE void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride));
 }
+// The same for data that will not be read again soon: it is not kept in the L1 cache at others' cost.
+template <int T>
+RESQ_INLINE void tile_stream(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride));
+}
 template <int T>
 RESQ_INLINE void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(p), "r"(stride) : "memory");

@@ -1,0 +1,26 @@
+// The kernels for AVX2 with FMA, F16C and AVX-VNNI. The pragma comes after the standard headers, so that their inline
+// functions keep the baseline instruction set, and before <immintrin.h>, whose intrinsics need the wider one.
+#if defined(__x86_64__)
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avxvnni")
+#endif
+#include <immintrin.h>
+#define RESQ_TU_AVX2
+#define RESQ_VNNI
+#include "simd/table.h"
+
+namespace resq {
+constexpr Kernels kAvx2VnniTable = make_kernels("avx2_vnni");
+const Kernels kAvx2VnniKernels = kAvx2VnniTable;
+}  // namespace resq
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
