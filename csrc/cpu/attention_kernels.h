@@ -13,7 +13,17 @@ struct AttentionPreparation {
   void (*fill)(const AttentionArgs&, uint8_t*) = nullptr;
 };
 
+// Writes whole tiles of pages: units [begin, end) of `tiles` (their first tokens' numbers in the call) x heads. `bytes`
+// and `fill` make KVWriteArgs::prepared; null where it needs none.
+struct KVTileWriter {
+  void (*write)(const KVWriteArgs&, const int64_t* tiles, int64_t begin, int64_t end) = nullptr;
+  int64_t (*bytes)(const KVWriteArgs&) = nullptr;
+  void (*fill)(const KVWriteArgs&, uint8_t*) = nullptr;
+};
+
 #if defined(__x86_64__)
+// U_C in float32; in three bfloat16 terms on AMX tiles.
+extern const KVTileWriter kFloatTileWriter, kAmxTileWriter;
 // Few query rows (simd/decode.h): vpdpbusd, AMX int8 tiles.
 extern const AttentionKernel kDecodeVnni, kDecodeTiles;
 // Many query rows (simd/prefill.h): vdpbf16ps, AMX bf16 tiles.
@@ -29,5 +39,8 @@ struct AttentionPaths {
 
 // For kernels `k` on this machine and pages, queries and output like those of `args`.
 AttentionPaths attention_paths(const Kernels& k, const AttentionArgs& args);
+
+// For kernels `k` and `tiles` whole tiles to write; without a `write` all tokens are written one by one.
+KVTileWriter kv_tile_writer(const Kernels& k, const KVWriteArgs& args, int64_t tiles);
 
 }  // namespace resq

@@ -1,0 +1,323 @@
+// kv_write for the 16 tokens of a whole tile of a page and one head, with tokens as vector lanes.
+//
+// Extrema, scales and codes then need no reduction across lanes, and a tile of K is written in whole vectors: a head of
+// a token takes 60 clocks instead of 800. Everything rounds as in kv_write.h, bit for bit; only a rotation by tiles sums
+// in another order.
+#pragma once
+
+#include "convert.h"
+#include "tiles.h"
+
+namespace resq {
+namespace {
+
+constexpr float kFloat16Max = 65504.0f;
+constexpr int64_t kRotationTerms = 3;  // bfloat16 terms of U_C: 24 bits, all that float32 holds
+
+// 16 vectors of 16 words, transposed.
+RESQ_INLINE void transpose_words(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+// One head of 16 tokens in the caller's dtype.
+struct HeadRows {
+  const void* x;
+  DType dtype;
+  int64_t stride, dim;  // elements between tokens, of a head
+};
+
+// Pairs of bfloat16 dims: pairs[16 · i + token] = dims 2i, 2i + 1; 0 beyond the head, up to a multiple of 32 dims.
+void load_pairs(const HeadRows& h, uint32_t* pairs) {
+  for (int64_t first = 0; first < h.dim; first += 32) {
+    const int64_t left = h.dim - first;
+    const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; ++t)
+      r[t] = _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(h.x) + t * h.stride + first);
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(pairs + (first / 2 + i) * 16, r[i]);
+  }
+}
+
+// to[16 · dim + token] in float32, for dims up to a multiple of 32. `pairs`: scratch, and where bfloat16 pairs stay.
+void load_lanes(const HeadRows& h, uint32_t* pairs, float* to) {
+  if (h.dtype == DType::bf16) {
+    load_pairs(h, pairs);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    for (int64_t i = 0; i < h.dim; i += 2) {
+      const __m512i both = _mm512_load_si512(pairs + i * 8);
+      _mm512_store_si512(to + i * 16, _mm512_slli_epi32(both, 16));
+      _mm512_store_si512(to + (i + 1) * 16, _mm512_and_si512(both, high));
+    }
+    return;
+  }
+  for (int64_t first = 0; first < h.dim; first += 16) {
+    const int64_t left = h.dim - first;
+    const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1 << left) - 1);
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; ++t) {
+      const void* row = element(h.x, h.dtype, t * h.stride + first);
+      r[t] = h.dtype == DType::f32 ? _mm512_maskz_loadu_epi32(mask, row)
+                                   : (__m512i)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row));
+    }
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (first + i) * 16, r[i]);
+  }
+}
+
+// NJ dims of x · U_C for 16 tokens, in the order of gemm_f32's sums.
+template <int NJ>
+RESQ_INLINE void rotate_dims(const float* x, int64_t dim, const float* rotation, float* to) {
+  __m512 acc[NJ];
+#pragma GCC unroll 24
+  for (int j = 0; j < NJ; ++j) acc[j] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < dim; ++k) {
+    const __m512 row = _mm512_load_ps(x + 16 * k);
+#pragma GCC unroll 24
+    for (int j = 0; j < NJ; ++j) acc[j] = _mm512_fmadd_ps(_mm512_set1_ps(rotation[k * dim + j]), row, acc[j]);
+  }
+#pragma GCC unroll 24
+  for (int j = 0; j < NJ; ++j) _mm512_store_ps(to + 16 * j, acc[j]);
+}
+
+void rotate_lanes(const float* x, int64_t dim, const float* rotation, float* to) {
+  int64_t j = 0;
+  for (; j + 16 <= dim; j += 16) rotate_dims<16>(x, dim, rotation + j, to + 16 * j);
+  for (; j + 4 <= dim; j += 4) rotate_dims<4>(x, dim, rotation + j, to + 16 * j);
+  for (; j < dim; ++j) rotate_dims<1>(x, dim, rotation + j, to + 16 * j);
+}
+
+// U_Cᵀ in bfloat16 terms, [terms, dim padded to 16, dim padded to 32].
+int64_t split_depth(const PageLayout& p) { return round_up(p.head_dim, 32); }
+int64_t split_bytes(const KVWriteArgs& args) {
+  return kRotationTerms * round_up(args.page.head_dim, 16) * split_depth(args.page) * 2;
+}
+
+void split_transposed(const KVWriteArgs& args, uint8_t* out) {
+  const int64_t dim = args.page.head_dim, depth = split_depth(args.page), rows = round_up(dim, 16);
+  for (int64_t j = 0; j < rows; j += 16) {
+    const int64_t columns = dim - j;
+    const __mmask16 mask = static_cast<__mmask16>(columns >= 16 ? 0xFFFF : (1 << columns) - 1);
+    for (int64_t k = 0; k < depth; k += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        r[i] = _mm512_maskz_loadu_epi32(k + i < dim ? mask : 0, args.rotation + (k + i) * dim + j);
+      transpose_words(r);
+      for (int i = 0; i < 16; ++i) {
+        VF rest = (VF)r[i];
+        for (int64_t term = 0; term < kRotationTerms; ++term) {
+          uint16_t* to = reinterpret_cast<uint16_t*>(out) + (term * rows + j + i) * depth + k;
+          store_bfloat(to, rest);
+          rest -= load_bfloat(to);
+        }
+      }
+    }
+  }
+}
+
+// to[16 · dim + token] = x · U_C from the split matrix and bfloat16 pairs, 4 tiles of 16 dims at a time.
+void rotate_tiles(const uint32_t* pairs, const PageLayout& p, const uint8_t* split, float* to) {
+  const int64_t depth = split_depth(p), rows = round_up(p.head_dim, 16), row_bytes = depth * 2;
+  for (int64_t j = 0; j < rows; j += 64) {
+    const int64_t count = min((rows - j) / 16, int64_t{4});
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int64_t term = 0; term < kRotationTerms; ++term) {
+      const uint8_t* a = split + (term * rows + j) * row_bytes;
+      for (int64_t k = 0; k < depth; k += 32, a += 64) {
+        tile_load<7>(pairs + k * 8, 64);
+        tile_load<4>(a, row_bytes);
+        tile_bfloats<0, 4, 7>();
+        if (count > 1) tile_load<5>(a + 16 * row_bytes, row_bytes), tile_bfloats<1, 5, 7>();
+        if (count > 2) tile_load<6>(a + 32 * row_bytes, row_bytes), tile_bfloats<2, 6, 7>();
+        if (count > 3) tile_load<4>(a + 48 * row_bytes, row_bytes), tile_bfloats<3, 4, 7>();
+      }
+    }
+    tile_store<0>(to + 16 * j, 64);
+    if (count > 1) tile_store<1>(to + 16 * (j + 16), 64);
+    if (count > 2) tile_store<2>(to + 16 * (j + 32), 64);
+    if (count > 3) tile_store<3>(to + 16 * (j + 48), 64);
+  }
+}
+
+// Scales and zero points of one part of 16 tokens, and its codes [n, 16].
+struct LaneCodes {
+  __m256i scale;  // float16
+  __m512i zero;
+  int32_t* codes;
+};
+
+// The codes from products with 1/step; false when one of them lies so close to a tie between two codes that the
+// quotient could round to the other one. Product and quotient differ by less than 3 units of 2^-24 of a code.
+bool quick_codes(const float* x, int64_t n, __m512 step, __m512i zero, int32_t levels, int32_t* codes) {
+  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step), magic = _mm512_set1_ps(kRoundMagic);
+  const __m512i offset = _mm512_sub_epi32(zero, _mm512_set1_epi32(kRoundMagicBits)), top = _mm512_set1_epi32(levels);
+  __m512 farthest = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; ++i) {
+    const __m512 ratio = _mm512_mul_ps(_mm512_load_ps(x + 16 * i), inverse), rounded = _mm512_add_ps(ratio, magic);
+    const __m512 error = _mm512_sub_ps(ratio, _mm512_sub_ps(rounded, magic));
+    farthest = _mm512_range_ps(farthest, error, 11);  // the larger absolute value
+    const __m512i q = _mm512_add_epi32(_mm512_castps_si512(rounded), offset);
+    _mm512_store_si512(codes + 16 * i, _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), top));
+  }
+  const float margin = static_cast<float>(levels + 1) * 0x1p-22f;
+  return !_mm512_cmp_ps_mask(farthest, _mm512_set1_ps(0.5f - margin), _CMP_NLE_UQ);
+}
+
+// x [n, 16] -> codes [n, 16]: quantize_part of kv_write.h on every lane.
+LaneCodes quantize_lanes(const float* x, int64_t n, int32_t bits, int32_t* codes) {
+  __m512 low[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, high[2] = {low[0], low[0]};
+  for (int64_t i = 0; i < n; ++i) {
+    const __m512 v = _mm512_load_ps(x + 16 * i);
+    low[i % 2] = _mm512_min_ps(low[i % 2], v);
+    high[i % 2] = _mm512_max_ps(high[i % 2], v);
+  }
+  const int32_t levels = (1 << bits) - 1;
+  const __m512 lowest = _mm512_min_ps(low[0], low[1]), range = _mm512_sub_ps(_mm512_max_ps(high[0], high[1]), lowest);
+  const __m512 wanted = _mm512_div_ps(range, _mm512_set1_ps(static_cast<float>(levels)));
+  const __m512 widest = _mm512_set1_ps(kFloat16Max), limit = _mm512_set1_ps(4096.0f);
+  __m512 step = _mm512_cvtph_ps(_mm512_cvtps_ph(_mm512_min_ps(wanted, widest), _MM_FROUND_TO_NEAREST_INT));
+  step = _mm512_mask_mov_ps(step, _mm512_cmp_ps_mask(step, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
+  const __m512 below = _mm512_div_ps(_mm512_sub_ps(_mm512_setzero_ps(), lowest), step);
+  LaneCodes q;
+  q.codes = codes;
+  q.scale = _mm512_cvtps_ph(step, _MM_FROUND_TO_NEAREST_INT);
+  q.zero = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(below, limit), _mm512_setzero_ps()));
+  q.zero = _mm512_min_epi32(q.zero, _mm512_set1_epi32(levels));
+  // Beyond a scale of 65504 quotients may exceed what the quick rounding can hold.
+  const bool cut = _mm512_cmp_ps_mask(wanted, widest, _CMP_NLE_UQ);
+  if (!cut && quick_codes(x, n, step, q.zero, levels, codes)) return q;
+  for (int64_t i = 0; i < n; ++i) {
+    const __m512 ratio = _mm512_min_ps(_mm512_div_ps(_mm512_load_ps(x + 16 * i), step), limit);
+    const __m512i near = _mm512_cvtps_epi32(_mm512_max_ps(ratio, _mm512_sub_ps(_mm512_setzero_ps(), limit)));
+    const __m512i code = _mm512_max_epi32(_mm512_add_epi32(near, q.zero), _mm512_setzero_si512());
+    _mm512_store_si512(codes + 16 * i, _mm512_min_epi32(code, _mm512_set1_epi32(levels)));
+  }
+  return q;
+}
+
+RESQ_INLINE __m512i load_codes(const int32_t* codes, int64_t i) { return _mm512_load_si512(codes + 16 * i); }
+RESQ_INLINE __m512i nibbles(const int32_t* codes, int64_t first, int64_t second) {
+  return _mm512_or_si512(load_codes(codes, first), _mm512_slli_epi32(load_codes(codes, second), 4));
+}
+// Four vectors of bytes in 32-bit lanes -> one.
+RESQ_INLINE __m512i join_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_or_si512(a, _mm512_slli_epi32(b, 8)), cd = _mm512_or_si512(c, _mm512_slli_epi32(d, 8));
+  return _mm512_or_si512(ab, _mm512_slli_epi32(cd, 16));
+}
+
+// K's tile: 16 tokens side by side.
+void put_key_codes(uint8_t* tile, const int32_t* codes, int64_t width, bool four_bits) {
+  if (four_bits) {
+    for (int64_t i = 0; i < width; i += 8)
+      _mm512_storeu_si512(tile + i * 8, join_bytes(nibbles(codes, i, i + 4), nibbles(codes, i + 1, i + 5),
+                                                   nibbles(codes, i + 2, i + 6), nibbles(codes, i + 3, i + 7)));
+  } else {
+    for (int64_t i = 0; i < width; i += 4)
+      _mm512_storeu_si512(tile + i * 16, join_bytes(load_codes(codes, i), load_codes(codes, i + 1),
+                                                    load_codes(codes, i + 2), load_codes(codes, i + 3)));
+  }
+}
+
+// V's quads: 4 tokens side by side, for every lane.
+void put_value_codes(uint8_t* quads, const int32_t* codes, int64_t width, bool four_bits) {
+  const int64_t lanes = four_bits ? width / 2 : width;
+  const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  for (int64_t c = 0; c < lanes; c += 4) {
+    const __m512i joined =
+        four_bits ? join_bytes(nibbles(codes, c, c + lanes), nibbles(codes, c + 1, c + 1 + lanes),
+                               nibbles(codes, c + 2, c + 2 + lanes), nibbles(codes, c + 3, c + 3 + lanes))
+                  : join_bytes(load_codes(codes, c), load_codes(codes, c + 1), load_codes(codes, c + 2),
+                               load_codes(codes, c + 3));
+    const __m512i words = _mm512_shuffle_epi8(joined, turn);
+    const auto quad = [&](int64_t i) { return reinterpret_cast<__m128i*>(quads + (i * lanes + c) * 4); };
+    _mm_storeu_si128(quad(0), _mm512_castsi512_si128(words));
+    _mm_storeu_si128(quad(1), _mm512_extracti32x4_epi32(words, 1));
+    _mm_storeu_si128(quad(2), _mm512_extracti32x4_epi32(words, 2));
+    _mm_storeu_si128(quad(3), _mm512_extracti32x4_epi32(words, 3));
+  }
+}
+
+// One head of K (which = 0) or V (1) of the 16 tokens from `token` of the page on. codes: scratch.
+void write_lanes(const PageLayout& p, uint8_t* page, int64_t token, int which, const float* x, int32_t* codes) {
+  const auto part = [&](int64_t number, const float* from, int64_t dims, int64_t padded, int32_t bits) {
+    const LaneCodes q = quantize_lanes(from, dims, bits, codes);
+    for (int64_t i = dims; i < padded; ++i) _mm512_store_si512(codes + 16 * i, _mm512_setzero_si512());
+    const int64_t row = (which * p.parts + number) * p.tokens + token;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(page + p.scales + row * 2), q.scale);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(page + p.zeros + row), _mm512_cvtepi32_epi8(q.zero));
+    const int64_t plane = which ? (number ? p.value_high : p.value_low) : (number ? p.key_high : p.key_low);
+    (which ? put_value_codes : put_key_codes)(page + plane + token * padded * bits / 8, codes, padded, bits == 4);
+  };
+  part(0, x, p.low, p.low_padded, static_cast<int32_t>(p.low_bits));
+  if (p.high) part(1, x + 16 * p.low, p.high, p.high_padded, 8);
+}
+
+// Head `head` of the 16 tokens from number `first` on, which fill a tile of a page.
+template <bool kTiles>
+void kv_write_tile(const KVWriteArgs& args, int64_t first, int64_t head) {
+  const PageLayout& p = args.page;
+  const int64_t dims = round_up(p.head_dim, 32), slot = args.slots[first], token = slot % p.tokens;
+  uint8_t* page = args.cache + slot / p.tokens * args.block_stride + head * args.head_stride;
+  uint32_t* pairs = static_cast<uint32_t*>(thread_scratch(Slot::kv_rows, (dims / 2 + 3 * dims) * 64));
+  float *plain = reinterpret_cast<float*>(pairs + dims / 2 * 16), *rotated = plain + dims * 16;
+  int32_t* codes = reinterpret_cast<int32_t*>(rotated + dims * 16);
+  const auto rows = [&](const void* x, int64_t token_stride, int64_t head_stride) {
+    return HeadRows{element(x, args.dtype, first * token_stride + head * head_stride), args.dtype, token_stride,
+                    p.head_dim};
+  };
+  const HeadRows key = rows(args.key, args.key_token_stride, args.key_head_stride);
+  if constexpr (kTiles) {
+    load_pairs(key, pairs);
+    tile_fence();
+    rotate_tiles(pairs, p, static_cast<const uint8_t*>(args.prepared), rotated);
+  } else {
+    load_lanes(key, pairs, plain);
+    if (args.rotation) rotate_lanes(plain, p.head_dim, args.rotation, rotated);
+  }
+  write_lanes(p, page, token, 0, args.rotation ? rotated : plain, codes);
+  load_lanes(rows(args.value, args.value_token_stride, args.value_head_stride), pairs, plain);
+  write_lanes(p, page, token, 1, plain, codes);
+}
+
+// Units [begin, end) of the call's tiles x heads, heads fastest.
+void write_tiles_float(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) kv_write_tile<false>(args, tiles[i / args.heads], i % args.heads);
+}
+void write_tiles_amx(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
+  const TileScope scope{TileShapes{}};
+  for (int64_t i = begin; i < end; ++i) kv_write_tile<true>(args, tiles[i / args.heads], i % args.heads);
+}
+
+}  // namespace
+}  // namespace resq
