@@ -117,15 +117,16 @@ void rotate_lanes(const float* x, int64_t dim, const float* rotation, float* to)
   for (; j < dim; ++j) rotate_dims<1>(x, dim, rotation + j, to + 16 * j);
 }
 
-// U_Cᵀ in bfloat16 terms, [terms, dim padded to 16, dim padded to 32].
+// U_Cᵀ in bfloat16 terms, as the tiles that rotate_tiles multiplies: [16 dims of the result, term, 32 dims], each of
+// 16 rows of 64 bytes.
 int64_t split_depth(const PageLayout& p) { return round_up(p.head_dim, 32); }
 int64_t split_bytes(const KVWriteArgs& args) {
   return kRotationTerms * round_up(args.page.head_dim, 16) * split_depth(args.page) * 2;
 }
 
 void split_transposed(const KVWriteArgs& args, uint8_t* out) {
-  const int64_t dim = args.page.head_dim, depth = split_depth(args.page), rows = round_up(dim, 16);
-  for (int64_t j = 0; j < rows; j += 16) {
+  const int64_t dim = args.page.head_dim, depth = split_depth(args.page);
+  for (int64_t j = 0; j < round_up(dim, 16); j += 16) {
     const int64_t columns = dim - j;
     const __mmask16 mask = static_cast<__mmask16>(columns >= 16 ? 0xFFFF : (1 << columns) - 1);
     for (int64_t k = 0; k < depth; k += 16) {
@@ -134,10 +135,11 @@ void split_transposed(const KVWriteArgs& args, uint8_t* out) {
       for (int i = 0; i < 16; ++i)
         r[i] = _mm512_maskz_loadu_epi32(k + i < dim ? mask : 0, args.rotation + (k + i) * dim + j);
       transpose_words(r);
-      for (int i = 0; i < 16; ++i) {
+      for (int64_t i = 0; i < 16; ++i) {
         VF rest = (VF)r[i];
         for (int64_t term = 0; term < kRotationTerms; ++term) {
-          uint16_t* to = reinterpret_cast<uint16_t*>(out) + (term * rows + j + i) * depth + k;
+          const int64_t tile = (j / 16 * kRotationTerms + term) * (depth / 32) + k / 32;
+          uint16_t* to = reinterpret_cast<uint16_t*>(out) + tile * 512 + i * 32 + k % 32;
           store_bfloat(to, rest);
           rest -= load_bfloat(to);
         }
@@ -146,27 +148,28 @@ void split_transposed(const KVWriteArgs& args, uint8_t* out) {
   }
 }
 
-// to[16 · dim + token] = x · U_C from the split matrix and bfloat16 pairs, 4 tiles of 16 dims at a time.
+constexpr int64_t kTogether = 4;  // heads or tiles of tokens that meet a tile of U_C while it is in a register
+
+// to[unit][16 · dim + token] = x · U_C for up to kTogether units, one after the other as TileBuffers has them.
+template <int kUnits>
 void rotate_tiles(const uint32_t* pairs, const PageLayout& p, const uint8_t* split, float* to) {
-  const int64_t depth = split_depth(p), rows = round_up(p.head_dim, 16), row_bytes = depth * 2;
-  for (int64_t j = 0; j < rows; j += 64) {
-    const int64_t count = min((rows - j) / 16, int64_t{4});
+  const int64_t depth = split_depth(p), unit_pairs = depth / 2 * 16, unit_floats = depth * 16;
+  for (int64_t j = 0; j < p.head_dim; j += 16) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int64_t term = 0; term < kRotationTerms; ++term) {
-      const uint8_t* a = split + (term * rows + j) * row_bytes;
-      for (int64_t k = 0; k < depth; k += 32, a += 64) {
-        tile_load<7>(pairs + k * 8, 64);
-        tile_load<4>(a, row_bytes);
-        tile_bfloats<0, 4, 7>();
-        if (count > 1) tile_load<5>(a + 16 * row_bytes, row_bytes), tile_bfloats<1, 5, 7>();
-        if (count > 2) tile_load<6>(a + 32 * row_bytes, row_bytes), tile_bfloats<2, 6, 7>();
-        if (count > 3) tile_load<4>(a + 48 * row_bytes, row_bytes), tile_bfloats<3, 4, 7>();
+      const uint32_t* b = pairs;
+      for (int64_t k = 0; k < depth; k += 32, split += 1024, b += 256) {
+        tile_load<4>(split, 64);
+        tile_load<5>(b, 64), tile_bfloats<0, 4, 5>();
+        if constexpr (kUnits > 1) tile_load<6>(b + unit_pairs, 64), tile_bfloats<1, 4, 6>();
+        if constexpr (kUnits > 2) tile_load<7>(b + 2 * unit_pairs, 64), tile_bfloats<2, 4, 7>();
+        if constexpr (kUnits > 3) tile_load<5>(b + 3 * unit_pairs, 64), tile_bfloats<3, 4, 5>();
       }
     }
     tile_store<0>(to + 16 * j, 64);
-    if (count > 1) tile_store<1>(to + 16 * (j + 16), 64);
-    if (count > 2) tile_store<2>(to + 16 * (j + 32), 64);
-    if (count > 3) tile_store<3>(to + 16 * (j + 48), 64);
+    if constexpr (kUnits > 1) tile_store<1>(to + unit_floats + 16 * j, 64);
+    if constexpr (kUnits > 2) tile_store<2>(to + 2 * unit_floats + 16 * j, 64);
+    if constexpr (kUnits > 3) tile_store<3>(to + 3 * unit_floats + 16 * j, 64);
   }
 }
 
@@ -177,51 +180,46 @@ struct LaneCodes {
   int32_t* codes;
 };
 
-// The codes from products with 1/step; false when one of them lies so close to a tie between two codes that the
-// quotient could round to the other one. Product and quotient differ by less than 3 units of 2^-24 of a code.
-bool quick_codes(const float* x, int64_t n, __m512 step, __m512i zero, int32_t levels, int32_t* codes) {
-  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step), magic = _mm512_set1_ps(kRoundMagic);
-  const __m512i offset = _mm512_sub_epi32(zero, _mm512_set1_epi32(kRoundMagicBits)), top = _mm512_set1_epi32(levels);
-  __m512 farthest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; ++i) {
-    const __m512 ratio = _mm512_mul_ps(_mm512_load_ps(x + 16 * i), inverse), rounded = _mm512_add_ps(ratio, magic);
-    const __m512 error = _mm512_sub_ps(ratio, _mm512_sub_ps(rounded, magic));
-    farthest = _mm512_range_ps(farthest, error, 11);  // the larger absolute value
-    const __m512i q = _mm512_add_epi32(_mm512_castps_si512(rounded), offset);
-    _mm512_store_si512(codes + 16 * i, _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), top));
-  }
-  const float margin = static_cast<float>(levels + 1) * 0x1p-22f;
-  return !_mm512_cmp_ps_mask(farthest, _mm512_set1_ps(0.5f - margin), _CMP_NLE_UQ);
-}
-
 // x [n, 16] -> codes [n, 16]: quantize_part of kv_write.h on every lane.
 LaneCodes quantize_lanes(const float* x, int64_t n, int32_t bits, int32_t* codes) {
-  __m512 low[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, high[2] = {low[0], low[0]};
-  for (int64_t i = 0; i < n; ++i) {
-    const __m512 v = _mm512_load_ps(x + 16 * i);
-    low[i % 2] = _mm512_min_ps(low[i % 2], v);
-    high[i % 2] = _mm512_max_ps(high[i % 2], v);
+  __m512 low = _mm512_setzero_ps(), high = low, low2 = low, high2 = low;
+  for (int64_t i = 0; i + 1 < n; i += 2) {
+    const __m512 v = _mm512_load_ps(x + 16 * i), v2 = _mm512_load_ps(x + 16 * i + 16);
+    low = _mm512_min_ps(low, v), low2 = _mm512_min_ps(low2, v2);
+    high = _mm512_max_ps(high, v), high2 = _mm512_max_ps(high2, v2);
   }
+  const __m512 last = _mm512_load_ps(x + 16 * (n - 1));
+  low = _mm512_min_ps(_mm512_min_ps(low, low2), last);
+  high = _mm512_max_ps(_mm512_max_ps(high, high2), last);
   const int32_t levels = (1 << bits) - 1;
-  const __m512 lowest = _mm512_min_ps(low[0], low[1]), range = _mm512_sub_ps(_mm512_max_ps(high[0], high[1]), lowest);
-  const __m512 wanted = _mm512_div_ps(range, _mm512_set1_ps(static_cast<float>(levels)));
-  const __m512 widest = _mm512_set1_ps(kFloat16Max), limit = _mm512_set1_ps(4096.0f);
+  const __m512 wanted = _mm512_div_ps(_mm512_sub_ps(high, low), _mm512_set1_ps(static_cast<float>(levels)));
+  const __m512 widest = _mm512_set1_ps(kFloat16Max), limit = _mm512_set1_ps(4096.0f), nothing = _mm512_setzero_ps();
   __m512 step = _mm512_cvtph_ps(_mm512_cvtps_ph(_mm512_min_ps(wanted, widest), _MM_FROUND_TO_NEAREST_INT));
-  step = _mm512_mask_mov_ps(step, _mm512_cmp_ps_mask(step, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
-  const __m512 below = _mm512_div_ps(_mm512_sub_ps(_mm512_setzero_ps(), lowest), step);
+  step = _mm512_mask_mov_ps(step, _mm512_cmp_ps_mask(step, nothing, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
+  const __m512 below = _mm512_div_ps(_mm512_sub_ps(nothing, low), step);
+  const __m512i top = _mm512_set1_epi32(levels), bottom = _mm512_setzero_si512();
   LaneCodes q;
   q.codes = codes;
   q.scale = _mm512_cvtps_ph(step, _MM_FROUND_TO_NEAREST_INT);
-  q.zero = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(below, limit), _mm512_setzero_ps()));
-  q.zero = _mm512_min_epi32(q.zero, _mm512_set1_epi32(levels));
-  // Beyond a scale of 65504 quotients may exceed what the quick rounding can hold.
+  q.zero = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(below, limit), nothing)), top);
+  // A product with 1/step differs from the quotient by less than 3 · 2^-24 of it, and is taken unless it lies so close
+  // to a tie between two codes that the quotient could round to the other one. Beyond a scale of 65504 it may exceed
+  // what adding kRoundMagic can round: then there are only quotients.
   const bool cut = _mm512_cmp_ps_mask(wanted, widest, _CMP_NLE_UQ);
-  if (!cut && quick_codes(x, n, step, q.zero, levels, codes)) return q;
+  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step), magic = _mm512_set1_ps(kRoundMagic);
+  const __m512 margin = _mm512_set1_ps(cut ? -1.0f : 0.5f - static_cast<float>(levels + 1) * 0x1p-22f);
+  const __m512i magic_bits = _mm512_set1_epi32(kRoundMagicBits);
   for (int64_t i = 0; i < n; ++i) {
-    const __m512 ratio = _mm512_min_ps(_mm512_div_ps(_mm512_load_ps(x + 16 * i), step), limit);
-    const __m512i near = _mm512_cvtps_epi32(_mm512_max_ps(ratio, _mm512_sub_ps(_mm512_setzero_ps(), limit)));
-    const __m512i code = _mm512_max_epi32(_mm512_add_epi32(near, q.zero), _mm512_setzero_si512());
-    _mm512_store_si512(codes + 16 * i, _mm512_min_epi32(code, _mm512_set1_epi32(levels)));
+    const __m512 v = _mm512_load_ps(x + 16 * i), product = _mm512_mul_ps(v, inverse);
+    const __m512 rounded = _mm512_add_ps(product, magic);
+    const __m512 error = _mm512_abs_ps(_mm512_sub_ps(product, _mm512_sub_ps(rounded, magic)));
+    __m512i near = _mm512_sub_epi32(_mm512_castps_si512(rounded), magic_bits);
+    if (__builtin_expect(_mm512_cmp_ps_mask(error, margin, _CMP_NLE_UQ) != 0, 0)) {
+      const __m512 ratio = _mm512_min_ps(_mm512_div_ps(v, step), limit);
+      near = _mm512_cvtps_epi32(_mm512_max_ps(ratio, _mm512_sub_ps(nothing, limit)));
+    }
+    const __m512i code = _mm512_max_epi32(_mm512_add_epi32(near, q.zero), bottom);
+    _mm512_store_si512(codes + 16 * i, _mm512_min_epi32(code, top));
   }
   return q;
 }
@@ -283,40 +281,78 @@ void write_lanes(const PageLayout& p, uint8_t* page, int64_t token, int which, c
   if (p.high) part(1, x + 16 * p.low, p.high, p.high_padded, 8);
 }
 
-// Head `head` of the 16 tokens from number `first` on, which fill a tile of a page.
-template <bool kTiles>
-void kv_write_tile(const KVWriteArgs& args, int64_t first, int64_t head) {
-  const PageLayout& p = args.page;
-  const int64_t dims = round_up(p.head_dim, 32), slot = args.slots[first], token = slot % p.tokens;
-  uint8_t* page = args.cache + slot / p.tokens * args.block_stride + head * args.head_stride;
-  uint32_t* pairs = static_cast<uint32_t*>(thread_scratch(Slot::kv_rows, (dims / 2 + 3 * dims) * 64));
-  float *plain = reinterpret_cast<float*>(pairs + dims / 2 * 16), *rotated = plain + dims * 16;
-  int32_t* codes = reinterpret_cast<int32_t*>(rotated + dims * 16);
-  const auto rows = [&](const void* x, int64_t token_stride, int64_t head_stride) {
-    return HeadRows{element(x, args.dtype, first * token_stride + head * head_stride), args.dtype, token_stride,
-                    p.head_dim};
-  };
-  const HeadRows key = rows(args.key, args.key_token_stride, args.key_head_stride);
-  if constexpr (kTiles) {
-    load_pairs(key, pairs);
-    tile_fence();
-    rotate_tiles(pairs, p, static_cast<const uint8_t*>(args.prepared), rotated);
-  } else {
-    load_lanes(key, pairs, plain);
-    if (args.rotation) rotate_lanes(plain, p.head_dim, args.rotation, rotated);
+// A call's tiles x heads, heads fastest.
+struct TileUnits {
+  const KVWriteArgs& args;
+  const int64_t* tiles;  // the first token's number in the call
+
+  int64_t head(int64_t unit) const { return unit % args.heads; }
+  int64_t first(int64_t unit) const { return tiles[unit / args.heads]; }
+  HeadRows key(int64_t unit) const { return rows(args.key, unit, args.key_token_stride, args.key_head_stride); }
+  HeadRows value(int64_t unit) const {
+    return rows(args.value, unit, args.value_token_stride, args.value_head_stride);
   }
-  write_lanes(p, page, token, 0, args.rotation ? rotated : plain, codes);
-  load_lanes(rows(args.value, args.value_token_stride, args.value_head_stride), pairs, plain);
-  write_lanes(p, page, token, 1, plain, codes);
+  void write(int64_t unit, int which, const float* x, int32_t* codes) const {
+    const int64_t slot = args.slots[first(unit)], tokens = args.page.tokens;
+    uint8_t* page = args.cache + slot / tokens * args.block_stride + head(unit) * args.head_stride;
+    write_lanes(args.page, page, slot % tokens, which, x, codes);
+  }
+
+ private:
+  HeadRows rows(const void* x, int64_t unit, int64_t token_stride, int64_t head_stride) const {
+    return {element(x, args.dtype, first(unit) * token_stride + head(unit) * head_stride), args.dtype, token_stride,
+            args.page.head_dim};
+  }
+};
+
+// Buffers for `units` heads at a time: pairs [units, dims / 2, 16], then rotated [units, dims, 16], plain and codes
+// [dims, 16].
+struct TileBuffers {
+  explicit TileBuffers(const PageLayout& p, int64_t units) : dims(round_up(p.head_dim, 32)) {
+    pairs = static_cast<uint32_t*>(thread_scratch(Slot::kv_rows, dims * 32 * (3 * units + 4)));
+    rotated = reinterpret_cast<float*>(pairs + units * dims * 8);
+    plain = rotated + units * dims * 16;
+    codes = reinterpret_cast<int32_t*>(plain + dims * 16);
+  }
+  int64_t dims;
+  uint32_t* pairs;
+  float *rotated, *plain;
+  int32_t* codes;
+};
+
+void write_tiles_float(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
+  const TileUnits units{args, tiles};
+  const TileBuffers b(args.page, 1);
+  for (int64_t i = begin; i < end; ++i) {
+    load_lanes(units.key(i), b.pairs, b.plain);
+    if (args.rotation) rotate_lanes(b.plain, args.page.head_dim, args.rotation, b.rotated);
+    units.write(i, 0, args.rotation ? b.rotated : b.plain, b.codes);
+    load_lanes(units.value(i), b.pairs, b.plain);
+    units.write(i, 1, b.plain, b.codes);
+  }
 }
 
-// Units [begin, end) of the call's tiles x heads, heads fastest.
-void write_tiles_float(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) kv_write_tile<false>(args, tiles[i / args.heads], i % args.heads);
-}
 void write_tiles_amx(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
+  const TileUnits units{args, tiles};
+  const TileBuffers b(args.page, kTogether);
+  const uint8_t* split = static_cast<const uint8_t*>(args.prepared);
   const TileScope scope{TileShapes{}};
-  for (int64_t i = begin; i < end; ++i) kv_write_tile<true>(args, tiles[i / args.heads], i % args.heads);
+  for (int64_t i = begin; i < end; i += kTogether) {
+    const int64_t count = min(end - i, kTogether);
+    for (int64_t u = 0; u < count; ++u) load_pairs(units.key(i + u), b.pairs + u * b.dims * 8);
+    tile_fence();
+    switch (count) {
+      case 1: rotate_tiles<1>(b.pairs, args.page, split, b.rotated); break;
+      case 2: rotate_tiles<2>(b.pairs, args.page, split, b.rotated); break;
+      case 3: rotate_tiles<3>(b.pairs, args.page, split, b.rotated); break;
+      default: rotate_tiles<4>(b.pairs, args.page, split, b.rotated); break;
+    }
+    for (int64_t u = 0; u < count; ++u) {
+      units.write(i + u, 0, b.rotated + u * b.dims * 16, b.codes);
+      load_lanes(units.value(i + u), b.pairs, b.plain);
+      units.write(i + u, 1, b.plain, b.codes);
+    }
+  }
 }
 
 }  // namespace
