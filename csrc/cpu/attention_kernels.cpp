@@ -39,6 +39,7 @@ AttentionPaths attention_paths(const Kernels& k, const AttentionArgs& args) {
   const bool tiles = std::strcmp(k.name, "amx_int8") == 0;  // chosen only where the process may use tiles
   if (!tiles && std::strcmp(k.name, "avx512_vnni") != 0) return {};
   AttentionPaths paths;
+  paths.narrow_decode = kDecodeVnni;
   paths.decode = tiles && args.page.high_padded <= kTileHighDims ? kDecodeTiles : kDecodeVnni;
   // q and P in bfloat16 are no less exact than a bfloat16 model's own; a float16 model's are finer.
   if (args.query_dtype == DType::bf16 && features().bf16) {
