@@ -57,9 +57,36 @@ KVTileWriter kv_tile_writer(const Kernels& k, const KVWriteArgs& args, int64_t t
   const bool rotates = args.rotation && args.dtype == DType::bf16 && tiles * args.heads >= kFewTiles;
   return amx && features().amx_bf16 && rotates ? kAmxTileWriter : kFloatTileWriter;
 }
+
+std::string describe_attention(const Kernels& k, const AttentionArgs& args) {
+  const AttentionPaths paths = attention_paths(k, args);
+  const bool wide = std::strcmp(k.name, "amx_int8") == 0 || std::strcmp(k.name, "avx512_vnni") == 0;
+  std::string reason;
+  if (!wide) {
+    reason = std::string(" (the only one for ") + k.name + ")";
+  } else if (args.page.low_bits != 4) {
+    reason = " because the cache's low part has 8 bits";
+  } else if (args.query_dtype != DType::bf16) {
+    reason = std::string(" because the model is ") + (args.query_dtype == DType::f16 ? "float16" : "float32");
+  } else {
+    reason = " because this machine has no AVX512-BF16";
+  }
+  const std::string plain = "float32" + reason;
+  const std::string decode = paths.decode == kDecodeTiles  ? "int8 AMX"
+                             : paths.decode == kDecodeVnni ? "int8 AVX512-VNNI"
+                                                           : plain;
+  const std::string prefill = paths.prefill == kPrefillTiles  ? "bfloat16 AMX"
+                              : paths.prefill == kPrefillBf16 ? "bfloat16 AVX512-BF16"
+                                                              : plain;
+  return "decode " + decode + ", prefill " + prefill;
+}
 #else
 AttentionPaths attention_paths(const Kernels&, const AttentionArgs&) { return {}; }
 KVTileWriter kv_tile_writer(const Kernels&, const KVWriteArgs&, int64_t) { return {}; }
+std::string describe_attention(const Kernels& k, const AttentionArgs&) {
+  const std::string plain = std::string("float32 (the only one for ") + k.name + ")";
+  return "decode " + plain + ", prefill " + plain;
+}
 #endif
 
 }  // namespace resq

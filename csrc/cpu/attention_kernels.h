@@ -1,6 +1,8 @@
 // The faster attention kernels, and which of them takes a call.
 #pragma once
 
+#include <string>
+
 #include "kernels.h"
 
 namespace resq {
@@ -44,6 +46,9 @@ struct AttentionPaths {
 
 // For kernels `k` on this machine and pages, queries and output like those of `args`.
 AttentionPaths attention_paths(const Kernels& k, const AttentionArgs& args);
+
+// Which kernels those are, in words: "decode int8 AMX, prefill bfloat16 AMX", with the reason for a float32 one.
+std::string describe_attention(const Kernels& k, const AttentionArgs& args);
 
 // For kernels `k` and `tiles` whole tiles to write; without a `write` all tokens are written one by one.
 KVTileWriter kv_tile_writer(const Kernels& k, const KVWriteArgs& args, int64_t tiles);

@@ -209,4 +209,14 @@ void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, c
   run_attention(args, batch);
 }
 
+std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits) {
+  AttentionArgs args{};
+  args.page = page_layout(head_dim, high, low_bits, kTokenTile);
+  args.scale = 1.0f;
+  check(dtype == "bfloat16" || dtype == "float16" || dtype == "float32",
+        "dtype must be bfloat16, float16 or float32, not " + dtype);
+  args.query_dtype = args.out_dtype = dtype == "bfloat16" ? DType::bf16 : dtype == "float16" ? DType::f16 : DType::f32;
+  return describe_attention(kernels(), args);
+}
+
 }  // namespace resq
