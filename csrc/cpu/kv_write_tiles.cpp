@@ -1,5 +1,5 @@
-// kv_write of whole tiles of a page for AVX-512, and with AMX tiles (by inline assembly: no target is needed). The pragma
-// comes after the standard headers, so that their inline functions keep the baseline instruction set, and before
+// kv_write of whole tiles of a page for AVX-512, and with AMX tiles (by inline assembly: no target is needed). The
+// pragma comes after the standard headers, so that their inline functions keep the baseline instruction set, and before
 // <immintrin.h>, whose intrinsics need the wider one.
 #if defined(__x86_64__)
 #include <cstddef>

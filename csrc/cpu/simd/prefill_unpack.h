@@ -66,7 +66,9 @@ struct TilePlace {
 RESQ_INLINE __m128i load_bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
 // 16 − zero point of 16 tokens' low part.
-RESQ_INLINE __m128i zero_complements(const uint8_t* zeros) { return _mm_sub_epi8(_mm_set1_epi8(16), load_bytes(zeros)); }
+RESQ_INLINE __m128i zero_complements(const uint8_t* zeros) {
+  return _mm_sub_epi8(_mm_set1_epi8(16), load_bytes(zeros));
+}
 
 // What both parts of a key or value tile need of 16 tokens' high part.
 struct HighPart {
