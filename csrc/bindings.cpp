@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "attention(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, Tensor? rotation, float scale, int high, int low_bits, int sliding_window) -> ()");
   m.def("prefer_huge_pages(Tensor x) -> ()");
+  m.def("attention_kernels(str dtype, int head_dim, int high, int low_bits) -> str");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");
 }
@@ -50,6 +51,7 @@ STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {
+  m.impl("attention_kernels", TORCH_BOX(&resq::attention_kernels));
   m.impl("isa", TORCH_BOX(&resq::isa));
   m.impl("set_isa", TORCH_BOX(&resq::set_isa));
 }

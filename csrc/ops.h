@@ -37,6 +37,9 @@ void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, c
                const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
                double scale, int64_t high, int64_t low_bits, int64_t sliding_window);
 
+// Which kernels attend for a model of `dtype` ("bfloat16", "float16" or "float32"), in words.
+std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits);
+
 // Asks for 2 MiB pages under a tensor, whole ones only.
 void prefer_huge_pages(const Tensor& x);
 

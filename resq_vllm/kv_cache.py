@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
+from resq_vllm import ops
 from resq_vllm.attention import ResQAttentionImpl, packed_backend
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import HIGH_BITS, KVLayout
+from resq_vllm.log import log_once
 from resq_vllm.vllm_api import (
     Attention,
     AttentionBackendEnum,
@@ -48,6 +51,8 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
     def __init__(self, config: ResQConfig, layout: KVLayout) -> None:
         super().__init__(config)
         self.layout = layout
+        # vLLM makes the served dtype torch's default while it builds layers.
+        self._dtype = torch.get_default_dtype()
 
     def create_weights(self, layer: Attention) -> None:
         """Called by vLLM at the end of ``Attention.__init__``.
@@ -91,6 +96,8 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
             raise ResQError(
                 f"{layer.layer_name}.key_rotation is not orthogonal (off by {error:.1e}); quantize the model again"
             )
+        kernels = ops.attention_kernels(self._dtype, layer.head_size, self.layout.high, self.layout.low_bits)
+        log_once(logging.INFO, f"ResQ: attention: {kernels}")
 
 
 class _RotationLoader:

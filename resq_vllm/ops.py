@@ -51,6 +51,15 @@ def set_isa(name: str) -> str:
         raise ResQError(_first_line(error)) from error
 
 
+def attention_kernels(dtype: torch.dtype, head_dim: int, high: int, low_bits: int) -> str:
+    """Which kernels attend over such a cache in a model of ``dtype``: "decode int8 AMX, prefill bfloat16 AMX".
+
+    A float32 kernel on a machine that has faster ones comes with its reason. Raises RuntimeError with one sentence on
+    bad arguments.
+    """
+    return torch.ops.resq.attention_kernels(str(dtype).removeprefix("torch."), head_dim, high, low_bits)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 

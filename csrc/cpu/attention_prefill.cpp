@@ -19,10 +19,7 @@
 #include "simd/prefill_products.h"
 
 namespace resq {
-namespace {
-int64_t prepared_bytes(const AttentionArgs& args) { return 2 * rotation_term_bytes(args.page); }
-}  // namespace
-const AttentionPreparation kPrefillPreparation = {prepared_bytes, split_rotation};
+const AttentionPreparation kPrefillPreparation = {rotation_bytes, split_rotation};
 const AttentionKernel kPrefillBf16 = prefill_task<Bf16Vectors>;
 const AttentionKernel kPrefillTiles = prefill_task<Bf16Tiles>;
 }  // namespace resq

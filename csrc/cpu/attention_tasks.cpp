@@ -49,7 +49,8 @@ void make_work(const AttentionArgs& args, const AttentionBatch& batch, const Att
     if (queries == 0) continue;
     const int64_t start = batch.seq_lens[s] - queries;  // position of the first new token
     const bool decode = paths.decode && (queries == 1 || queries * args.group <= kDecodeRows);
-    const AttentionKernel kernel = decode ? paths.decode : paths.prefill ? paths.prefill : plain;
+    const AttentionKernel few = queries * args.group <= kNarrowRows ? paths.narrow_decode : paths.decode;
+    const AttentionKernel kernel = decode ? few : paths.prefill ? paths.prefill : plain;
     const int64_t rows = decode ? queries * args.group : kernel == plain ? kFloatRows : kPrefillRows;
     const int64_t tile = std::max<int64_t>(1, rows / args.group);
     // The last tiles have the longest contexts: they go first, so that the threads end together.

@@ -111,6 +111,7 @@ struct KVWriteArgs {
   const int64_t* slots;
   const float* rotation;  // [head_dim, head_dim] or null
   int64_t heads;
+  const void* prepared;  // what KVTileWriter::fill made for this call
 };
 
 struct AttentionArgs {

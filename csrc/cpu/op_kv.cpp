@@ -1,7 +1,11 @@
 // torch.ops.resq.kv_write and attention: checks, then the kernels.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../ops.h"
+#include "attention_kernels.h"
 #include "attention_tasks.h"
 #include "isa.h"
 #include "tensors.h"
@@ -67,6 +71,44 @@ void check_heads(const Tensor& t, const char* name) {
         std::string(name) + " must have shape [tokens, heads, head_dim] with contiguous heads");
 }
 
+// Tokens that fill a tile of a page together are written tile by tile, the others one by one.
+void write_tokens(KVWriteArgs& args, int64_t tokens) {
+  const Kernels& k = kernels();
+  // Kept from call to call.
+  thread_local std::vector<int64_t> tiles, singles;
+  thread_local std::vector<uint8_t> prepared;
+  tiles.clear();
+  singles.clear();
+  const auto fills_tile = [&](int64_t t) {
+    if (t + kTokenTile > tokens || args.slots[t] < 0 || args.slots[t] % kTokenTile) return false;
+    for (int64_t i = 1; i < kTokenTile; ++i)
+      if (args.slots[t + i] != args.slots[t] + i) return false;
+    return true;
+  };
+  for (int64_t t = 0; t < tokens;) {
+    const bool tile = fills_tile(t);
+    (tile ? tiles : singles).push_back(t);
+    t += tile ? kTokenTile : 1;
+  }
+  const KVTileWriter writer =
+      tiles.empty() ? KVTileWriter{} : kv_tile_writer(k, args, static_cast<int64_t>(tiles.size()));
+  if (!writer.write) {
+    torch::stable::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) { k.kv_write(args, begin, end); });
+    return;
+  }
+  if (writer.bytes) {
+    prepared.resize(std::max<size_t>(prepared.size(), writer.bytes(args)));
+    writer.fill(args, prepared.data());
+    args.prepared = prepared.data();
+  }
+  const int64_t units = static_cast<int64_t>(tiles.size()) * args.heads, rest = static_cast<int64_t>(singles.size());
+  const int64_t *first = tiles.data(), *single = singles.data();
+  torch::stable::parallel_for(0, units + rest, 1, [&](int64_t begin, int64_t end) {
+    if (begin < units) writer.write(args, first, begin, std::min(end, units));
+    for (int64_t i = std::max(begin, units); i < end; ++i) k.kv_write(args, single[i - units], single[i - units] + 1);
+  });
+}
+
 }  // namespace
 
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
@@ -99,8 +141,7 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, co
   for (int64_t t = 0; t < tokens; ++t)
     check(args.slots[t] < slots, "slot_mapping names slot " + std::to_string(args.slots[t]) +
                                      ", but the cache has only " + std::to_string(slots));
-  const Kernels& k = kernels();
-  torch::stable::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) { k.kv_write(args, begin, end); });
+  write_tokens(args, tokens);
 }
 
 void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, const Tensor& block_table,
@@ -166,6 +207,16 @@ void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, c
     }
   }
   run_attention(args, batch);
+}
+
+std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits) {
+  AttentionArgs args{};
+  args.page = page_layout(head_dim, high, low_bits, kTokenTile);
+  args.scale = 1.0f;
+  check(dtype == "bfloat16" || dtype == "float16" || dtype == "float32",
+        "dtype must be bfloat16, float16 or float32, not " + dtype);
+  args.query_dtype = args.out_dtype = dtype == "bfloat16" ? DType::bf16 : dtype == "float16" ? DType::f16 : DType::f32;
+  return describe_attention(kernels(), args);
 }
 
 }  // namespace resq

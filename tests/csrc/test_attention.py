@@ -183,6 +183,53 @@ def test_long_context_is_split_and_merged(new: int, window: int, dtype: torch.dt
             torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("threads", [1, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_thread_and_many_more_than_cores(threads: int, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        Batch(KVLayout(64, 8), [(300, 120), (700, 1), (5, 5)], 2, 4, 32, seed=21, dtype=dtype).run()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_few_query_rows(group: int, dtype: torch.dtype) -> None:
+    """One and two rows have a kernel of their own where AMX takes the others."""
+    for size, new in ((128, 1), (256, 1), (16, 2)):
+        Batch(KVLayout(64, 8), [(600, new), (131, new)], 3, group, size, seed=22, dtype=dtype).run()
+
+
+def test_a_row_whose_first_blocks_lie_outside_its_window() -> None:
+    """With a window, a panel of rows meets blocks of which some of its rows see no key."""
+    for group, window in ((1, 40), (4, 130), (8, 129)):
+        Batch(KVLayout(64, 8), [(700, 300)], 1, group, 128, seed=23, dtype=torch.bfloat16, window=window).run()
+
+
+def test_scores_that_climb_from_block_to_block() -> None:
+    """Every block's maximum lies above the last one's: by less and by more than what is kept without rescaling."""
+    layout, size, context = KVLayout(64, 8), 128, 1024
+    query = torch.randn(1, 2, 64, generator=generator(24)).expand(40, 2, 64).bfloat16().contiguous()
+    direction = query[0].float().mean(0) / query[0].float().mean(0).norm()
+    value = torch.randn(context, 1, 64, generator=generator(25))
+    for slope in (0.01, 0.1, 1.0):
+        climb = torch.arange(context)[:, None, None] * slope
+        key = torch.randn(context, 1, 64, generator=generator(26)) * 0.1 + climb * direction
+        cache = torch.zeros(context // size, 1, size, layout.bytes_per_token, dtype=torch.uint8)
+        ops.kv_write(key, value, cache, torch.arange(context), None, 8, 4)
+        table = torch.arange(context // size).int()[None]
+        batch = (table, torch.tensor([context]).int(), torch.tensor([0, 40]).int(), None, 0.125)
+        exact = reference.attention(query, cache, *batch, layout, dtype=torch.float64)
+        torch_result = _bfloat16_attention(query, cache, *batch, layout, -1)
+        for isa in ISAS:
+            out = torch.empty_like(query)
+            with running(isa):
+                ops.attention(query, cache, out, *batch, 8, 4)
+            assert_no_worse(out, torch_result, exact, floor=1e-3)
+
+
 def test_more_heads_than_a_tile_has_rows() -> None:
     Batch(KVLayout(32, 4), [(40, 3)], 1, 71, 16, seed=7).run()
 

@@ -64,6 +64,61 @@ def test_bytes_equal_reference(
         assert torch.equal(cache, expected), isa
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whole_tiles_between_single_tokens_equal_reference(layout: KVLayout, dtype: torch.dtype, threads: int) -> None:
+    """A prompt's slots in order: some tiles of 16 tokens are written as a whole, the tokens around them are not."""
+    tokens, heads, block_size = 85, 3, 48
+    g = generator(layout.head_dim)
+    fused = torch.randn(tokens, 2 * heads, layout.head_dim, generator=g)
+    # Every third token has values halfway between codes, where a product with 1/scale could round the other way.
+    fused[::3] = torch.randint(-30, 31, fused[::3].shape, generator=g) / 2
+    fused[5::16] *= 1e6
+    fused = fused.to(dtype)
+    key, value = fused[:, :heads], fused[:, heads:]
+    # Three blocks in some order, from the seventh slot of the first one on; a hole in the middle of a tile.
+    slots = (torch.tensor([3, 0, 2])[:, None] * block_size + torch.arange(block_size)).flatten()[7 : 7 + tokens]
+    slots[60] = -1
+    before = _cache(layout, 4, heads, block_size, 2)
+    expected = before.clone()
+    reference.kv_write(key, value, expected, slots, None, layout)
+    found = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for isa in ISAS:
+            cache = before.clone()
+            with running(isa):
+                ops.kv_write(key, value, cache, slots, None, layout.high, layout.low_bits)
+            assert torch.equal(cache, expected), isa
+            # One by one, no tile is whole.
+            alone = before.clone()
+            with running(isa):
+                for t in range(tokens):
+                    one = slice(t, t + 1)
+                    ops.kv_write(key[one], value[one], alone, slots[one], None, layout.high, layout.low_bits)
+            assert torch.equal(cache, alone), isa
+    finally:
+        torch.set_num_threads(found)
+
+
+@pytest.mark.parametrize("layout", [KVLayout(64, 8), KVLayout(128, 16), KVLayout(80, 10), KVLayout(13, 0, 8)])
+def test_rotated_tiles_equal_single_tokens_but_for_ties(layout: KVLayout) -> None:
+    """A rotation by bfloat16 tiles has float32's 24 bits: another order of sums, and no other difference."""
+    tokens, heads = 128, 3
+    g = generator(layout.head_dim + 1)
+    key, value = (torch.randn(tokens, heads, layout.head_dim, generator=g).bfloat16() for _ in range(2))
+    rotation, slots = _rotation(layout.head_dim, 3), torch.arange(tokens)
+    for isa in ISAS:
+        tiles, alone = (torch.zeros(8, heads, 16, layout.bytes_per_token, dtype=torch.uint8) for _ in range(2))
+        with running(isa):
+            ops.kv_write(key, value, tiles, slots, rotation, layout.high, layout.low_bits)
+            for t in range(tokens):
+                one = slice(t, t + 1)
+                ops.kv_write(key[one], value[one], alone, slots[one], rotation, layout.high, layout.low_bits)
+        assert (tiles != alone).float().mean() < 1e-4, isa
+
+
 @pytest.mark.parametrize("layout", [KVLayout(64, 8), KVLayout(128, 16), KVLayout(80, 10)])
 def test_rotation_moves_a_code_by_at_most_one(layout: KVLayout) -> None:
     tokens, heads = 64, 3

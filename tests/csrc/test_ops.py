@@ -168,3 +168,27 @@ def test_environment_forces_the_instruction_set(forced: str, expected: str) -> N
     )
     assert result.stdout.startswith(expected)
     assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "low_bits", "decode", "prefill"),
+    [
+        ("amx_int8", torch.bfloat16, 4, "int8 AMX", "bfloat16 AMX"),
+        ("amx_int8", torch.float16, 4, "int8 AMX", "float32 because the model is float16"),
+        ("avx512_vnni", torch.float32, 4, *["float32 because the model is float32"] * 2),
+        ("avx512_vnni", torch.bfloat16, 8, *["float32 because the cache's low part has 8 bits"] * 2),
+        ("portable", torch.bfloat16, 4, *["float32 (the only one for portable)"] * 2),
+    ],
+)
+def test_attention_kernels_are_named(isa: str, dtype: torch.dtype, low_bits: int, decode: str, prefill: str) -> None:
+    if isa not in ISAS:  # what this machine cannot run, it cannot describe
+        with pytest.raises(ResQError, match=isa):
+            ops.set_isa(isa)
+        return
+    with running(isa):
+        assert ops.attention_kernels(dtype, 64, 8, low_bits) == f"decode {decode}, prefill {prefill}"
+
+
+def test_attention_kernels_of_an_unknown_dtype() -> None:
+    with pytest.raises(RuntimeError, match="dtype must be bfloat16, float16 or float32, not int8"):
+        ops.attention_kernels(torch.int8, 64, 8, 4)

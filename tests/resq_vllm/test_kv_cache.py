@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from resq_vllm import config as config_module
+from resq_vllm import kv_cache as kv_cache_module
+from resq_vllm import ops
 from resq_vllm.attention import ResQAttentionImpl, require_all_packed
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
@@ -64,6 +66,19 @@ def test_every_layer_of_a_model_is_swapped(process_group: None, model_dir: Model
             "KV cache 4/8-bit 36 bytes per token and head (bf16: 64), packed in 2 of 2 layers, "
             "144 bytes per token on this rank (bf16: 256, 1.78 times as much)"
         )
+
+
+def test_attention_kernels_are_logged_once(
+    process_group: None, model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[tuple[int, str]] = []
+    monkeypatch.setattr(kv_cache_module, "log_once", lambda level, message: lines.append((level, message)))
+    for dtype in (torch.float32, torch.bfloat16):
+        lines.clear()
+        with built(engine_config(model_dir(quantization_config()), dtype=str(dtype).removeprefix("torch."))):
+            kernels = ops.attention_kernels(dtype, HEAD_DIM, 2, 4)
+            # The same line for every layer: log_once writes it the first time.
+            assert lines == [(logging.INFO, f"ResQ: attention: {kernels}")] * LAYERS
 
 
 def test_sixteen_bit_layers_keep_vllm_s_backend(process_group: None, model_dir: ModelDir) -> None:

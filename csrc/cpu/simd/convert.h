@@ -106,7 +106,7 @@ RESQ_INLINE void* element(void* base, DType dtype, int64_t index) {
 }
 
 // n values of `dtype` at x -> float32 at out.
-void load_row(const void* x, DType dtype, int64_t n, float* out) {
+[[maybe_unused]] void load_row(const void* x, DType dtype, int64_t n, float* out) {
   int64_t i = 0;
   if (dtype == DType::f32) {
     __builtin_memcpy(out, x, static_cast<size_t>(n) * 4);
@@ -122,7 +122,7 @@ void load_row(const void* x, DType dtype, int64_t n, float* out) {
 }
 
 // n float32 values at x -> `dtype` at out.
-void store_row(const float* x, DType dtype, int64_t n, void* out) {
+[[maybe_unused]] void store_row(const float* x, DType dtype, int64_t n, void* out) {
   int64_t i = 0;
   if (dtype == DType::f32) {
     __builtin_memcpy(out, x, static_cast<size_t>(n) * 4);

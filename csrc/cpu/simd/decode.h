@@ -13,11 +13,6 @@
 namespace resq {
 namespace {
 
-struct Chunk {
-  const uint8_t* page;
-  int64_t token, tokens;  // the first within the page; how many, a multiple of 16
-};
-
 // Integer operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
 struct PassIntegers {
   const int8_t* query;  // [2 rows, query_bytes]
@@ -98,8 +93,8 @@ class Items {
     place();
   }
 
-  // Of the item that take() will give next; null after the last.
-  const uint8_t* page() const { return next_.valid ? next_.chunk.page : nullptr; }
+  // Of the item that take() will give next; without a page after the last.
+  Chunk next_chunk() const { return next_.valid ? next_.chunk : Chunk{}; }
 
   Item take() {
     Item item = next_;
@@ -260,15 +255,11 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   RowSums sums[2][kPassRows];
   pipeline[0] = items.take();
   if (pipeline[0].valid) products.prepare_scores(pipeline[0].chunk);
-  const uint8_t* page = nullptr;
   for (int64_t i = 0;; ++i) {
     Item &after = pipeline[i % 3], &now = pipeline[(i + 2) % 3], &before = pipeline[(i + 1) % 3];
     if (!after.valid && !now.valid && !before.valid) break;
-    if (after.valid) {
-      const uint8_t* ahead = items.page();
-      prefetch.start(ahead, ahead && ahead != page && ahead != after.chunk.page ? p.bytes : 0);
-      page = ahead;
-    }
+    prefetch.start(items.next_chunk());
+    prefetch.scales(p);
     DecodeJobs<Products> jobs(products, before, after, b.output);
     if (now.valid) softmax_item(args, task, shape, now, b, sums[i % 2], jobs);
     jobs.advance(1, 1);

@@ -14,7 +14,7 @@ namespace {
 
 class TileProducts {
  public:
-  TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch, Prefetch& prefetch)
+  TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch, const Prefetch& prefetch)
       : page_(page), shape_(shape), prefetch_(prefetch), scope_(shapes(page, shape)), steps_(shape.low_bytes / 64),
         key_(static_cast<uint8_t*>(scratch)), value_low_(key_ + kRing * steps_ * kTile),
         value_high_(value_low_ + 2 * kValueBlock) {}
@@ -25,22 +25,18 @@ class TileProducts {
 
   // Spread what the first jobs on a chunk need.
   void prepare_scores(const Chunk& chunk) const {
-    const int64_t low_tile = page_.low_padded * 8;
-    const uint8_t* low = chunk.page + page_.key_low + chunk.token / kTokenTile * low_tile;
-    for (int64_t i = 0; i < min(chunk.tokens / kTokenTile, kAhead); ++i) spread_keys(low + i * low_tile, i);
+    for (int64_t i = 0; i < min(chunk.tokens / kTokenTile, kAhead); ++i) spread_keys(chunk, i);
     tile_fence();
   }
   void prepare_outputs(const Chunk& chunk) const {
-    const int64_t low_quad = page_.low_padded * 2;
-    spread_values(chunk.page + page_.value_low + chunk.token / 4 * low_quad, low_quad, chunk.tokens / 4, value_low_);
+    spread_values(chunk, 0);
     tile_fence();
   }
 
   // One job a tile of 16 keys. Jobs of one kind are done in order; the first loads what they share.
   int64_t score_jobs(const Chunk& chunk) const { return chunk.tokens / kTokenTile; }
   void score_job(const Chunk& chunk, const PassIntegers& n, int64_t t) const {
-    const int64_t high_tile = page_.high_padded * 16, low_tile = page_.low_padded * 8;
-    const uint8_t* low = chunk.page + page_.key_low + chunk.token / kTokenTile * low_tile;
+    const int64_t high_tile = page_.high_padded * 16;
     const int64_t tiles = chunk.tokens / kTokenTile, q_stride = shape_.query_bytes;
     const int8_t* q = n.query;
     if (t == 0) {
@@ -68,29 +64,29 @@ class TileProducts {
       tile_load<kBHigh>(high + t * high_tile, 64);
       tile_bytes<kC2, kAHigh, kBHigh>();
       tile_store<kC2>(n.score[1] + 16 * t, kRowStride * 4);
+      high += t * high_tile + prefetch_.distance(chunk, page_.high_padded);
+      for (int64_t i = 0; i < high_tile; i += 64) _mm_prefetch(high + i, _MM_HINT_T1);
     }
     tile_store<kC>(n.score[0] + 16 * t, kRowStride * 4);
     // After the loads above: they would wait for stores as far as 4096 bytes away.
-    if (t + kAhead < tiles) spread_keys(low + (t + kAhead) * low_tile, t + kAhead);
+    if (t + kAhead < tiles) spread_keys(chunk, t + kAhead);
     tile_fence();
   }
 
   // One job a vector of lanes; the last one does the high part.
   int64_t output_jobs() const { return shape_.low_lanes + (page_.high ? 1 : 0); }
   void output_job(const Chunk& chunk, const PassIntegers& n, int64_t v, int32_t* out) const {
-    const int64_t lanes = shape_.low_lanes, quads = chunk.tokens / 4;
+    const int64_t lanes = shape_.low_lanes;
     const bool two = chunk.tokens > 64;
     if (v == lanes) {
       high_outputs(chunk, n, two, out + 32 * lanes);
       return;
     }
-    const int64_t low_quad = page_.low_padded * 2;
-    const uint8_t* low = chunk.page + page_.value_low + chunk.token / 4 * low_quad;
     if (v == 0) load_weights(n.weight[0], two);
     const uint8_t* values = value_low_ + v % 2 * kValueBlock;
     multiply(values, 64, kTile, two, out + 16 * v);
     multiply(values + kSteps * kTile, 64, kTile, two, out + 16 * (lanes + v));
-    if (v + 1 < lanes) spread_values(low + 64 * (v + 1), low_quad, quads, value_low_ + (v + 1) % 2 * kValueBlock);
+    if (v + 1 < lanes) spread_values(chunk, v + 1);
     tile_fence();
   }
 
@@ -111,23 +107,30 @@ class TileProducts {
     return s;
   }
 
-  RESQ_INLINE void spread(const uint8_t* from, uint8_t* low, uint8_t* high) const {
-    prefetch_.next();
-    prefetch_.next();
+  RESQ_INLINE static void spread(const uint8_t* from, int64_t ahead, uint8_t* low, uint8_t* high) {
+    _mm_prefetch(from + ahead, _MM_HINT_T1);
     const __m512i mask = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(from);
     _mm512_store_si512(low, _mm512_and_si512(codes, mask));
     _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
   }
 
   // Rows past the part's words keep old bytes: they meet zeros of q.
-  void spread_keys(const uint8_t* from, int64_t t) const {
+  void spread_keys(const Chunk& chunk, int64_t t) const {
+    const int64_t tile = page_.low_padded * 8, ahead = prefetch_.distance(chunk, page_.low_padded / 2);
+    const uint8_t* from = chunk.page + page_.key_low + (chunk.token / kTokenTile + t) * tile;
     uint8_t* to = key_ + t % kRing * steps_ * kTile;
-    for (int64_t g = 0; g < page_.low_padded / 8; ++g) spread(from + g * 64, to + 128 * g, to + 128 * g + 64);
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < page_.low_padded / 8; ++g) spread(from + g * 64, ahead, to + 128 * g, to + 128 * g + 64);
   }
 
   // Rows past the chunk's quads keep old bytes: their weights are 0.
-  void spread_values(const uint8_t* from, int64_t quad_bytes, int64_t quads, uint8_t* to) const {
-    for (int64_t i = 0; i < quads; ++i) spread(from + i * quad_bytes, to + 64 * i, to + kSteps * kTile + 64 * i);
+  void spread_values(const Chunk& chunk, int64_t v) const {
+    const int64_t quad = page_.low_padded * 2, ahead = prefetch_.distance(chunk, page_.low_padded / 2);
+    const uint8_t* from = chunk.page + page_.value_low + chunk.token / 4 * quad + 64 * v;
+    uint8_t* to = value_low_ + v % 2 * kValueBlock;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < chunk.tokens / 4; ++i)
+      spread(from + i * quad, ahead, to + 64 * i, to + kSteps * kTile + 64 * i);
   }
 
   static void load_weights(const int8_t* weight, bool two) {
@@ -143,6 +146,9 @@ class TileProducts {
       __builtin_memcpy(value_high_, high, static_cast<size_t>(chunk.tokens / 4 * high_quad));
       high = value_high_;
     }
+    const int64_t ahead = prefetch_.distance(chunk, page_.high_padded);
+    for (int64_t i = 0; i < chunk.tokens / 4 * high_quad; i += 64)
+      _mm_prefetch(chunk.page + page_.value_high + chunk.token / 4 * high_quad + ahead + i, _MM_HINT_T1);
     load_weights(n.weight[1], two);
     for (int64_t v = 0; v < shape_.high_lanes; ++v)
       multiply(high + 64 * v, high_quad, 16 * high_quad, two, out + 16 * v);
@@ -162,7 +168,7 @@ class TileProducts {
 
   const PageLayout& page_;
   const DecodeShape& shape_;
-  Prefetch& prefetch_;
+  const Prefetch& prefetch_;
   const TileScope scope_;
   const int64_t steps_;
   uint8_t *key_, *value_low_, *value_high_;

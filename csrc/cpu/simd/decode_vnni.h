@@ -10,7 +10,7 @@ namespace {
 // out[r · kRowStride + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
 template <int R, int NT, bool kNibbles>
 void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const int8_t* q, int64_t q_stride,
-                  int32_t* out, Prefetch& prefetch) {
+                  int32_t* out, int64_t ahead) {
   __m512i acc[R][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -20,8 +20,9 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
   for (int64_t g = 0; g < words; ++g) {
 #pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) {
-      prefetch.next();
-      const __m512i codes = _mm512_loadu_si512(tile + t * tile_bytes + g * 64);
+      const uint8_t* at = tile + t * tile_bytes + g * 64;
+      _mm_prefetch(at + ahead, _MM_HINT_T1);
+      const __m512i codes = _mm512_loadu_si512(at);
       if constexpr (kNibbles) {
         const __m512i low = _mm512_and_si512(codes, mask);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
@@ -44,20 +45,20 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
 // As many tiles at a time as the registers hold.
 template <int R, bool kNibbles>
 void key_part(const uint8_t* tile, int64_t tile_bytes, int64_t tiles, int64_t words, const int8_t* q, int64_t q_stride,
-              int32_t* out, Prefetch& prefetch) {
+              int32_t* out, int64_t ahead) {
   constexpr int together = R <= 4 ? 4 : R <= 8 ? 2 : 1;
   int64_t t = 0;
   for (; t + together <= tiles; t += together)
-    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
+    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, ahead);
   for (; t < tiles; ++t)
-    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
+    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, ahead);
 }
 
 // out[r · width + lane] = Σ over the chunk's tokens of V's codes · weight for NV vectors of lanes; the high nibbles'
 // results follow `nibble_width` later.
 template <int R, int NV, bool kNibbles>
 void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, const int8_t* weight, int32_t* out,
-                    int64_t width, int64_t nibble_width, Prefetch& prefetch) {
+                    int64_t width, int64_t nibble_width, int64_t ahead) {
   constexpr int kFields = kNibbles ? 2 : 1;
   __m512i acc[R][NV][kFields];
 #pragma GCC unroll 8
@@ -68,10 +69,11 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
       for (int f = 0; f < kFields; ++f) acc[r][v][f] = _mm512_setzero_si512();
   const __m512i mask = _mm512_set1_epi8(15);
   for (int64_t i = 0; i < quads; ++i) {
-    prefetch.next();
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const __m512i codes = _mm512_loadu_si512(quad + i * quad_bytes + v * 64);
+      const uint8_t* at = quad + i * quad_bytes + v * 64;
+      _mm_prefetch(at + ahead, _MM_HINT_T1);
+      const __m512i codes = _mm512_loadu_si512(at);
       if constexpr (kNibbles) {
         const __m512i low = _mm512_and_si512(codes, mask);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
@@ -96,7 +98,7 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
 
 class VpdpbusdProducts {
  public:
-  VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*, Prefetch& prefetch)
+  VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*, const Prefetch& prefetch)
       : page_(page), shape_(shape), prefetch_(prefetch) {}
   static int64_t scratch_bytes(const DecodeShape&) { return 0; }
 
@@ -134,11 +136,13 @@ class VpdpbusdProducts {
   void rows_scores(const Chunk& chunk, const PassIntegers& n) const {
     const int64_t tile = chunk.token / kTokenTile, tiles = chunk.tokens / kTokenTile;
     const int64_t low_tile = page_.low_padded * 8, high_tile = page_.high_padded * 16;
+    const int64_t low_ahead = prefetch_.distance(chunk, page_.low_padded / 2);
+    const int64_t high_ahead = prefetch_.distance(chunk, page_.high_padded);
     key_part<R, true>(chunk.page + page_.key_low + tile * low_tile, low_tile, tiles, page_.low_padded / 8, n.query,
-                      shape_.query_bytes, n.score[0], prefetch_);
+                      shape_.query_bytes, n.score[0], low_ahead);
     if (page_.high)
       key_part<R, false>(chunk.page + page_.key_high + tile * high_tile, high_tile, tiles, page_.high_padded / 4,
-                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1], prefetch_);
+                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1], high_ahead);
   }
 
   template <int R>
@@ -146,6 +150,8 @@ class VpdpbusdProducts {
     constexpr int together = R <= 4 ? 2 : 1;
     const int64_t quads = chunk.tokens / 4, quad = chunk.token / 4;
     const int64_t low_quad = page_.low_padded * 2, high_quad = page_.high_padded * 4;
+    const int64_t low_ahead = prefetch_.distance(chunk, page_.low_padded / 2);
+    const int64_t high_ahead = prefetch_.distance(chunk, page_.high_padded);
     const int8_t* low_weight = n.weight[0] + first * kRowStride;
     int32_t* out = output + first * shape_.width;
     const int64_t width = shape_.width, nibble_width = 16 * shape_.low_lanes;
@@ -153,19 +159,19 @@ class VpdpbusdProducts {
     int64_t v = 0;
     for (; v + together <= shape_.low_lanes; v += together)
       value_products<R, together, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width,
-                                        prefetch_);
+                                        low_ahead);
     for (; v < shape_.low_lanes; ++v)
       value_products<R, 1, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width,
-                                        prefetch_);
+                                        low_ahead);
     const uint8_t* high = chunk.page + page_.value_high + quad * high_quad;
     for (v = 0; v < shape_.high_lanes; ++v)
       value_products<R, 1, false>(high + v * 64, high_quad, quads, n.weight[1] + first * kRowStride,
-                                  out + 2 * nibble_width + 16 * v, width, 0, prefetch_);
+                                  out + 2 * nibble_width + 16 * v, width, 0, high_ahead);
   }
 
   const PageLayout& page_;
   const DecodeShape& shape_;
-  Prefetch& prefetch_;
+  const Prefetch& prefetch_;
 };
 
 }  // namespace

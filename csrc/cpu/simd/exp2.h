@@ -1,4 +1,4 @@
-// 2^x for x <= 0 on AVX-512, for the integer attention paths.
+// 2^x for x <= 0 on AVX-512, for the integer and bfloat16 attention paths.
 #pragma once
 
 #include "vec.h"
@@ -6,17 +6,17 @@
 namespace resq {
 namespace {
 
-// The polynomial (least squares at Chebyshev nodes of [-1/2, 1/2]) is off by 2.7e-6: far below what the weights are
-// rounded to, and the same in numerator and denominator. vscalefps lets everything under 2^-149 become 0.
+// The polynomial (minimax on [0, 1) in relative terms) is off by 2.7e-6: far below what the weights are rounded to, and
+// the same in numerator and denominator. vreduceps leaves x − floor(x), vscalefps multiplies by 2^floor(x) and lets
+// everything under 2^-149 become 0: one instruction each, where rounding to an integer takes three.
 RESQ_INLINE __m512 exp2_negative(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(0.009560510516166687f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05591703951358795f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24024981260299683f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6931219696998596f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999991655349731f));
-  return _mm512_scalef_ps(p, n);
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0.013534167781472206f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.052011460065841675f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.2414427548646927f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6930038332939148f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000026226043701f));
+  return _mm512_scalef_ps(p, x);
 }
 
 constexpr float kLog2e = 1.44269504f;

@@ -44,8 +44,8 @@ RESQ_INLINE void for_lanes(const PageLayout& p, const LaneSum& x, const F& f) {
 
 // finish_row for such a sum, with the maximum in powers of 2. Whole heads go straight to `out`: through a row of
 // float32, unaligned loads of what was just stored stalled for longer than the rest of it took.
-void finish_lanes(const AttentionArgs& args, const AttentionTask& task, int64_t kv, int64_t r, const LaneSum& x,
-                  float row_max, bool seen, float denominator) {
+[[maybe_unused]] void finish_lanes(const AttentionArgs& args, const AttentionTask& task, int64_t kv, int64_t r,
+                                   const LaneSum& x, float row_max, bool seen, float denominator) {
   const PageLayout& p = args.page;
   alignas(64) float row[kMaxHeadDim + 64];
   if (task.partial_sum || args.out_dtype != DType::bf16 || p.low != p.low_padded || p.high != p.high_padded) {

@@ -12,70 +12,85 @@ namespace resq {
 namespace {
 
 constexpr float kUnseen = -3e38f;
+// How far, in powers of 2, a score may exceed the maximum that a row's weights are relative to. Rescaling only then is
+// rare after a row's first block, so the processor predicts it and computes the weights before it knows the maximum.
+// bfloat16 and float32 are as exact for weights of 256 as of 1.
+constexpr float kHeadroom = 8.0f;
 
 struct PrefillBuffers {
   uint16_t* query;      // bfloat16 [rows, dims]
   uint16_t* weight[2];  // bfloat16 [32, kBlockKeys]: of the panel in softmax, and of the one before
-  float* score[2][2];   // [32, kBlockKeys] by part: of the panel in softmax, and of the one after
-  float *sum, *row_max, *denominator;
+  float* score[2];      // [32, kBlockKeys]: of the panel in softmax, and of the one after
+  float *sum, *row_max;
+  float* denominator;   // [rows, 16], lanes to be added
+  bool* started;        // whether a panel's sums hold anything yet
   PrefillBlock block;
-  uint8_t* turning;          // of load_panels
+  uint8_t* turning;     // of load_panels
 };
 
-// Scores of a row -> probabilities times V's low scale, in bfloat16. Rescales the row's sum when the maximum moves.
-template <int N, int kParts>
-void softmax_panel_row(const BlockScales& s, const float* low, const float* high, int64_t begin, int64_t end,
-                       float& row_max, float& denominator, float* sum, int64_t width, uint16_t* weight) {
+// One row's state.
+struct PanelRow {
+  float &row_max, *denominator, *sum;
+  int64_t width;
+};
+
+// Scores of a row's keys, [begin, end) of which it sees, -> probabilities times V's low scale, in bfloat16.
+template <int N, bool kMasked>
+void softmax_panel_row(const BlockScales& s, const float* scores, int64_t begin, int64_t end, const PanelRow& row,
+                       uint16_t* weight) {
   __m512 score[N];
+  __mmask16 seen[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) {
-    score[i] = _mm512_mul_ps(_mm512_load_ps(low + 16 * i), _mm512_load_ps(s.key[0] + 16 * i));
-    if constexpr (kParts == 2)
-      score[i] = _mm512_fmadd_ps(_mm512_load_ps(high + 16 * i), _mm512_load_ps(s.key[1] + 16 * i), score[i]);
-  }
-  if (begin > 0 || end < 16 * N) {
+  for (int i = 0; i < N; ++i)
+    score[i] = _mm512_mul_ps(_mm512_load_ps(scores + 16 * i), _mm512_load_ps(s.key + 16 * i));
+  if constexpr (kMasked) {
     const __m512i first = key_bound(begin, kBlockKeys), last = key_bound(end, kBlockKeys);
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i)
-      score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kUnseen), keys_seen(16 * i, first, last), score[i]);
+    for (int i = 0; i < N; ++i) {
+      seen[i] = keys_seen(16 * i, first, last);
+      score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kUnseen), seen[i], score[i]);
+    }
   }
   __m512 highest = score[0];
 #pragma GCC unroll 8
   for (int i = 1; i < N; ++i) highest = _mm512_max_ps(highest, score[i]);
-  const float block_max = _mm512_reduce_max_ps(highest);
-  if (block_max <= kUnseen) {
-    for (int i = 0; i < N; i += 2) _mm512_store_si512(weight + 16 * i, _mm512_setzero_si512());
-    return;
+  if (_mm512_cmp_ps_mask(highest, _mm512_set1_ps(row.row_max + kHeadroom), _CMP_GT_OQ)) {
+    const float block_max = _mm512_reduce_max_ps(highest);
+    if (row.row_max > kUnseen) {
+      const __m512 shrink = exp2_negative(_mm512_set1_ps(row.row_max - block_max));
+      _mm512_store_ps(row.denominator, _mm512_mul_ps(_mm512_load_ps(row.denominator), shrink));
+      for (int64_t i = 0; i < row.width; i += 16)
+        _mm512_store_ps(row.sum + i, _mm512_mul_ps(_mm512_load_ps(row.sum + i), shrink));
+    }
+    row.row_max = block_max;
   }
-  if (block_max > row_max) {
-    const __m512 shrink = exp2_negative(_mm512_set1_ps(row_max - block_max));
-    denominator *= _mm512_cvtss_f32(shrink);
-    for (int64_t i = 0; i < width; i += 16) _mm512_store_ps(sum + i, _mm512_mul_ps(_mm512_load_ps(sum + i), shrink));
-    row_max = block_max;
-  }
-  const __m512 reference = _mm512_set1_ps(row_max);
-  __m512 total = _mm512_setzero_ps();
+  const __m512 reference = _mm512_set1_ps(row.row_max);
+  __m512 total[2] = {_mm512_load_ps(row.denominator), _mm512_setzero_ps()};
 #pragma GCC unroll 4
   for (int i = 0; i < N; i += 2) {
-    const __m512 a = exp2_negative(_mm512_sub_ps(score[i], reference));
-    const __m512 b = exp2_negative(_mm512_sub_ps(score[i + 1], reference));
-    total = _mm512_add_ps(total, _mm512_add_ps(a, b));
-    const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_mul_ps(b, _mm512_load_ps(s.value + 16 * (i + 1))),
-                                               _mm512_mul_ps(a, _mm512_load_ps(s.value + 16 * i)));
-    _mm512_store_si512(weight + 16 * i, (__m512i)pairs);
+    __m512 p[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      p[j] = exp2_negative(_mm512_sub_ps(score[i + j], reference));
+      if constexpr (kMasked) p[j] = _mm512_maskz_mov_ps(seen[i + j], p[j]);
+      total[j] = _mm512_add_ps(total[j], p[j]);
+      p[j] = _mm512_mul_ps(p[j], _mm512_load_ps(s.value + 16 * (i + j)));
+    }
+    _mm512_store_si512(weight + 16 * i, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
   }
-  denominator += _mm512_reduce_add_ps(total);
+  _mm512_store_ps(row.denominator, _mm512_add_ps(total[0], total[1]));
 }
 
-using RowSoftmax = decltype(&softmax_panel_row<2, 1>);
+using RowSoftmax = decltype(&softmax_panel_row<2, false>);
 
 // For the first `keys` keys of a block, a multiple of 32.
-template <int kParts>
-RowSoftmax row_softmax(int64_t keys) {
+RowSoftmax row_softmax(int64_t keys, bool masked) {
   static_assert(kBlockKeys == 128);
-  static constexpr RowSoftmax list[] = {softmax_panel_row<2, kParts>, softmax_panel_row<4, kParts>,
-                                        softmax_panel_row<6, kParts>, softmax_panel_row<8, kParts>};
-  return list[keys / 32 - 1];
+  static constexpr RowSoftmax list[2][4] = {{softmax_panel_row<2, false>, softmax_panel_row<4, false>,
+                                             softmax_panel_row<6, false>, softmax_panel_row<8, false>},
+                                            {softmax_panel_row<2, true>, softmax_panel_row<4, true>,
+                                             softmax_panel_row<6, true>, softmax_panel_row<8, true>}};
+  return list[masked][keys / 32 - 1];
 }
 
 // Blocks of products that wait to be done beside the softmax.
@@ -100,8 +115,8 @@ class Waiting {
     int64_t product, tile;
     bool add;
   };
-  Product product_[3];
-  Block block_[2 * kBlockKeys / 32 + kMaxHeadDim / 16 + 2];
+  Product product_[2];
+  Block block_[kBlockKeys / 32 + kMaxHeadDim / 32 + 2];
   int64_t products_ = 0, blocks_ = 0, done_ = 0;
 };
 
@@ -117,34 +132,27 @@ void attend_block(const AttentionArgs& args, const AttentionTask& task, const Pr
     const int64_t last = position(min((panel + 1) * kPanelRows, all_rows) - 1);
     return round_up(min(min(last + 1, task.key_end) - key, kBlockKeys), 32);
   };
-  const auto push_scores = [&](int64_t panel, Waiting<Products>& waiting) {
-    const uint16_t* query = b.query + panel * kPanelRows * s.dims;
-    Product x{query, s.dims * 2, s.low_dims / 32, b.block.key, s.key_bytes, keys_of(panel) / 16, b.score[panel % 2][0],
-              kBlockKeys};
-    waiting.push(x, false);
-    if (!s.high_dims) return;
-    x.a += s.low_dims;
-    x.b += s.low_dims / 2 * 64;
-    x.steps = s.high_dims / 32;
-    x.c = b.score[panel % 2][1];
-    waiting.push(x, false);
-  };
   for (int64_t panel = begin - 1; panel <= end; ++panel) {
     Waiting<Products> waiting;
-    if (panel + 1 < end) push_scores(panel + 1, waiting);
-    if (panel > begin)
+    if (panel + 1 < end)
+      waiting.push({b.query + (panel + 1) * kPanelRows * s.dims, s.dims * 2, s.dims / 32, b.block.key, s.key_bytes,
+                    keys_of(panel + 1) / 16, b.score[(panel + 1) % 2], kBlockKeys}, false);
+    if (panel > begin) {
       waiting.push({b.weight[(panel - 1) % 2], kBlockKeys * 2, keys_of(panel - 1) / 32, b.block.value, s.value_bytes,
-                    s.tiles, b.sum + (panel - 1) * kPanelRows * s.width, s.width}, true);
+                    s.tiles, b.sum + (panel - 1) * kPanelRows * s.width, s.width}, b.started[panel - 1]);
+      b.started[panel - 1] = true;
+    }
     Products::fence();
     if (begin <= panel && panel < end) {
       const int64_t first = panel * kPanelRows, rows = min(kPanelRows, all_rows - first), keys = keys_of(panel);
-      const RowSoftmax softmax = args.page.parts == 2 ? row_softmax<2>(keys) : row_softmax<1>(keys);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = first + r;
-        const int64_t oldest = args.window < 0 ? 0 : position(row) - args.window + 1;
-        softmax(*b.block.scales, b.score[panel % 2][0] + r * kBlockKeys, b.score[panel % 2][1] + r * kBlockKeys,
-                oldest - key, min(position(row) + 1, task.key_end) - key, b.row_max[row], b.denominator[row],
-                b.sum + row * s.width, s.width, b.weight[panel % 2] + r * kBlockKeys);
+        const int64_t oldest = (args.window < 0 ? 0 : position(row) - args.window + 1) - key;
+        const int64_t newest = min(position(row) + 1, task.key_end) - key;
+        row_softmax(keys, oldest > 0 || newest < keys)(
+            *b.block.scales, b.score[panel % 2] + r * kBlockKeys, oldest, newest,
+            {b.row_max[row], b.denominator + row * 16, b.sum + row * s.width, s.width},
+            b.weight[panel % 2] + r * kBlockKeys);
         waiting.advance(r + 1, kPanelRows);
       }
     }
@@ -179,6 +187,26 @@ void prefill_head(const AttentionArgs& args, const AttentionTask& task, const Pr
   }
 }
 
+// finish_row with the maximum in powers of 2; a null sum is one that saw no key. Whole heads of bfloat16 go straight to
+// `out`.
+void finish_dims(const AttentionArgs& args, const AttentionTask& task, int64_t kv, int64_t r, const float* sum,
+                 float row_max, float denominator) {
+  const PageLayout& p = args.page;
+  if (!sum || task.partial_sum || args.out_dtype != DType::bf16 || p.low != p.low_padded || p.head_dim % 16) {
+    alignas(64) float zeros[kMaxHeadDim + 64] = {};
+    finish_row(args, task, kv, r, sum ? sum : zeros, row_max > kUnseen ? row_max * kLn2 : kNegativeInfinity,
+               denominator);
+    return;
+  }
+  const int64_t token = task.query_row + r / args.group, head = (task.kv_head + kv) * args.group + r % args.group;
+  uint16_t* out = static_cast<uint16_t*>(
+      element(args.out, args.out_dtype, token * args.out_token_stride + head * args.out_head_stride));
+  const __m512 inverse = _mm512_set1_ps(1.0f / (denominator > 0.0f ? denominator : 1.0f));
+  for (int64_t i = 0; i < p.head_dim; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sum + i), inverse)));
+}
+
 template <class Products>
 void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
   const PageLayout& p = args.page;
@@ -198,11 +226,12 @@ void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
     b.turning = take(kPanelRows * (rotation_depth(p) * 2 + s.dims * 4));
     for (int i = 0; i < 2; ++i) {
       b.weight[i] = reinterpret_cast<uint16_t*>(take(kPanelRows * kBlockKeys * 2));
-      for (float*& score : b.score[i]) score = reinterpret_cast<float*>(take(kPanelRows * kBlockKeys * 4));
+      b.score[i] = reinterpret_cast<float*>(take(kPanelRows * kBlockKeys * 4));
     }
     b.sum = reinterpret_cast<float*>(take(padded * s.width * 4));
     b.row_max = reinterpret_cast<float*>(take(padded * 4));
-    b.denominator = reinterpret_cast<float*>(take(padded * 4));
+    b.denominator = reinterpret_cast<float*>(take(padded * 64));
+    b.started = reinterpret_cast<bool*>(take(padded / kPanelRows));
     b.block.key = take(kBlockKeys / 16 * s.key_bytes);
     b.block.value = take(s.tiles * s.value_bytes);
     b.block.scales = reinterpret_cast<BlockScales*>(take(sizeof(BlockScales)));
@@ -216,14 +245,13 @@ void prefill_task(const AttentionArgs& args, const AttentionTask& task) {
     one.kv_head += kv;
     one.kv_heads = 1;
     load_panels<Products>(args, one, s, b.turning, b.query);
-    __builtin_memset(b.sum, 0, static_cast<size_t>(padded * s.width) * 4);
-    for (int64_t r = 0; r < padded; ++r) b.row_max[r] = kUnseen, b.denominator[r] = 0.0f;
+    __builtin_memset(b.started, 0, static_cast<size_t>(padded / kPanelRows));
+    __builtin_memset(b.denominator, 0, static_cast<size_t>(padded) * 64);
+    for (int64_t r = 0; r < padded; ++r) b.row_max[r] = kUnseen;
     prefill_head<Products>(args, one, s, b);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* sum = b.sum + r * s.width;  // the spare lane holds Σ P · zero point
-      const LaneSum lanes{sum, s.low_tiles, {_mm512_set1_ps(sum[p.low_padded / 2]), _mm512_setzero_ps()}};
-      finish_lanes(args, task, kv, r, lanes, b.row_max[r], b.row_max[r] > kUnseen, b.denominator[r]);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      finish_dims(args, task, kv, r, b.started[r / kPanelRows] ? b.sum + r * s.width : nullptr, b.row_max[r],
+                  _mm512_reduce_add_ps(_mm512_load_ps(b.denominator + 16 * r)));
   }
 }
 

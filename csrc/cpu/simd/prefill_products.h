@@ -33,16 +33,18 @@ class Bf16Tiles {
       if constexpr (kColumns == 2) tile_zero<1>(), tile_zero<3>();
     }
     const uint8_t* b = x.b + tile * x.b_bytes;
-    for (int64_t s = 0; s < x.steps; ++s) {
-      tile_load<4>(x.a + 32 * s, x.a_bytes);
-      tile_load<6>(b + 1024 * s, 64);
-      tile_bfloats<0, 4, 6>();
-      tile_load<5>(x.a + 32 * s + 16 * (x.a_bytes / 2), x.a_bytes);
-      tile_bfloats<2, 5, 6>();
-      if constexpr (kColumns == 2) {
-        tile_load<7>(b + x.b_bytes + 1024 * s, 64);
-        tile_bfloats<1, 4, 7>();
-        tile_bfloats<3, 5, 7>();
+    for (int64_t term = 0; term < x.terms; ++term, b += 1024 * x.steps) {
+      for (int64_t s = 0; s < x.steps; ++s) {
+        tile_load<4>(x.a + 32 * s, x.a_bytes);
+        tile_load<6>(b + 1024 * s, 64);
+        tile_bfloats<0, 4, 6>();
+        tile_load<5>(x.a + 32 * s + 16 * (x.a_bytes / 2), x.a_bytes);
+        tile_bfloats<2, 5, 6>();
+        if constexpr (kColumns == 2) {
+          tile_load<7>(b + x.b_bytes + 1024 * s, 64);
+          tile_bfloats<1, 4, 7>();
+          tile_bfloats<3, 5, 7>();
+        }
       }
     }
     tile_store<0>(c, stride);
@@ -81,12 +83,14 @@ class Bf16Vectors {
 #pragma GCC unroll 2
       for (int v = 0; v < kColumns; ++v)
         acc[r][v] = add ? _mm512_loadu_ps(c + r * x.c_floats + 16 * v) : _mm512_setzero_ps();
-    for (int64_t i = 0; i < 16 * x.steps; ++i) {
+    for (int64_t term = 0; term < x.terms; ++term, b += 1024 * x.steps) {
+      for (int64_t i = 0; i < 16 * x.steps; ++i) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kColumns; ++v) {
-        const __m512i pairs = _mm512_loadu_si512(b + v * x.b_bytes + 64 * i);
+        for (int v = 0; v < kColumns; ++v) {
+          const __m512i pairs = _mm512_loadu_si512(b + v * x.b_bytes + 64 * i);
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) dot(acc[r][v], pairs, a + r * a_stride + 2 * i);
+          for (int r = 0; r < 8; ++r) dot(acc[r][v], pairs, a + r * a_stride + 2 * i);
+        }
       }
     }
 #pragma GCC unroll 8
