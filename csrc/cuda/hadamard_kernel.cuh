@@ -84,14 +84,14 @@ constexpr int kHadamardThreads = 512;
 
 template <class T>
 __global__ void __launch_bounds__(kHadamardThreads) hadamard_kernel(const __grid_constant__ QuantizeArgs args) {
-  __shared__ RowState state;
   const int block = blockIdx.x % args.blocks, row = blockIdx.x / args.blocks;
   const int tid = threadIdx.x, threads = blockDim.x, columns = args.columns;
   const int width = args.hadamard_n / args.hadamard_k;
-  float* values = reinterpret_cast<float*>(dynamic_shared());
-  // Without a dense factor the staging row follows the values; with one, it takes their place when they are used up.
-  float* second = reinterpret_cast<float*>(dynamic_shared() + first_buffer_bytes(columns, args.hadamard_k, args.staging));
-  uint8_t* staging = args.hadamard_k > 1 ? dynamic_shared() : reinterpret_cast<uint8_t*>(second);
+  RowState& state = *reinterpret_cast<RowState*>(dynamic_shared());
+  float* values = reinterpret_cast<float*>(dynamic_shared() + kStateBytes);
+  uint8_t* const after = dynamic_shared() + second_buffer_at(columns, args.hadamard_k, args.staging);
+  float* const second = reinterpret_cast<float*>(after);
+  uint8_t* const staging = args.hadamard_k > 1 ? reinterpret_cast<uint8_t*>(values) : after;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride + static_cast<int64_t>(block) * columns;
 
   // Whole warps enter every round: lanes exchange values.

@@ -12,7 +12,7 @@ inline const char* outcome(cudaError_t error) { return error == cudaSuccess ? nu
 template <class Kernel>
 const char* launch(Kernel kernel, int64_t ctas, int threads, int64_t shared, const QuantizeArgs& args,
                    cudaStream_t stream) {
-  if (shared > 32 * 1024) {  // with the 11 KiB of RowState: below the 48 KiB that every kernel may use
+  if (shared > 48 * 1024) {  // more than every kernel may use without asking
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return outcome(error);

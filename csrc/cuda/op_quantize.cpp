@@ -42,8 +42,7 @@ void set_input(QuantizeArgs& args, const Tensor& x, DType dtype, const std::opti
 }
 
 void check_shared(int64_t wanted, const QuantizeArgs& args) {
-  // Static shared memory comes on top: 11 KiB of tables.
-  const int64_t limit = shared_memory_limit() - static_cast<int64_t>(11 * 1024);
+  const int64_t limit = shared_memory_limit();
   if (wanted > limit)
     check(false, "a row of " + std::to_string(args.columns) + " columns needs " + std::to_string(wanted) +
                      " bytes of shared memory, but this GPU has " + std::to_string(limit) +

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "formats.h"
+#include "scalar.h"
 
 namespace resq::cuda {
 
@@ -70,14 +70,30 @@ struct QuantizeArgs {
 };
 static_assert(sizeof(QuantizeArgs) <= 4096, "kernel parameters of every driver");
 
-// Dynamic shared memory of the Hadamard kernel: the values, then the staging row, or, with a dense factor, a second
-// buffer of values, while the staging row takes the place of the first.
-RESQ_HD constexpr int64_t first_buffer_bytes(int64_t columns, int64_t k, int64_t staging) {
+// The tables of one CTA, at the start of its shared memory: 9 KiB.
+struct RowState {
+  Span span[kMaxSpans + 1];
+  // Extrema as bits of non-negative floats, whose order is that of the integers: -min(x, 0) and max(x, 0).
+  uint32_t low[kMaxGroups], high[kMaxGroups];
+  Divisor divisor[kMaxGroups];
+  int32_t zero[kMaxGroups];
+  float scratch[32];
+};
+constexpr int64_t kStateBytes = round_up(sizeof(RowState), 16);
+
+// Dynamic shared memory of the quantize kernel: tables, row (elements of `element` bytes), staging row.
+RESQ_HD constexpr int64_t quantize_shared_bytes(int64_t columns, int64_t element, int64_t staging) {
+  return kStateBytes + round_up(columns, kVector) * element + staging;
+}
+
+// Of the Hadamard kernel: tables, values, staging row; with a dense factor, a second buffer of values comes last, while
+// the staging row takes the place of the first.
+RESQ_HD constexpr int64_t second_buffer_at(int64_t columns, int64_t k, int64_t staging) {
   const int64_t row = round_up(columns * 4, 16);
-  return k > 1 && staging > row ? staging : row;
+  return kStateBytes + (k > 1 && staging > row ? staging : row);
 }
 RESQ_HD constexpr int64_t hadamard_shared_bytes(int64_t columns, int64_t k, int64_t staging) {
-  return first_buffer_bytes(columns, k, staging) + (k > 1 ? round_up(columns * 4, 16) : staging);
+  return second_buffer_at(columns, k, staging) + (k > 1 ? round_up(columns * 4, 16) : staging);
 }
 
 }  // namespace resq::cuda

@@ -5,12 +5,6 @@
 
 namespace resq::cuda {
 
-// The row waits in shared memory in x's own type, each thread's vectors for itself: loops stay rolled for any width, and
-// the registers do not depend on it.
-RESQ_HD constexpr int64_t quantize_shared_bytes(int64_t columns, int64_t element, int64_t staging) {
-  return round_up(columns, kVector) * element + staging;
-}
-
 template <class T>
 __device__ __forceinline__ void rms_norm(const QuantizeArgs& args, int row, Eight<T>* held, float* scratch) {
   const int tid = threadIdx.x, threads = blockDim.x;
@@ -47,11 +41,13 @@ __device__ __forceinline__ void eight_floats(const Eight<T>& held, float (&value
   for (int j = 0; j < kVector; ++j) value[j] = to_float(held.value[j]);
 }
 
+// The row waits in shared memory in x's own type, each thread's vectors for itself: loops stay rolled for any width, and
+// the registers (32: full occupancy) do not depend on it.
 template <class T>
 __global__ void __launch_bounds__(1024) quantize_kernel(const __grid_constant__ QuantizeArgs args) {
-  __shared__ RowState state;
-  Eight<T>* held = reinterpret_cast<Eight<T>*>(dynamic_shared());
-  uint8_t* staging = dynamic_shared() + round_up(args.columns, kVector) * sizeof(T);
+  RowState& state = *reinterpret_cast<RowState*>(dynamic_shared());
+  Eight<T>* held = reinterpret_cast<Eight<T>*>(dynamic_shared() + kStateBytes);
+  uint8_t* staging = dynamic_shared() + quantize_shared_bytes(args.columns, sizeof(T), 0);
   const int row = blockIdx.x, tid = threadIdx.x, threads = blockDim.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   for (int column = tid * kVector; column < args.columns; column += threads * kVector)

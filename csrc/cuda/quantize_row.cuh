@@ -8,16 +8,6 @@
 
 namespace resq::cuda {
 
-// Shared memory of one CTA beside the staging row: 11 KiB.
-struct RowState {
-  Span span[kMaxSpans + 1];
-  // Extrema as bits of non-negative floats, whose order is that of the integers: -min(x, 0) and max(x, 0).
-  uint32_t low[kMaxGroups], high[kMaxGroups];
-  Divisor divisor[kMaxGroups];
-  int32_t zero[kMaxGroups];
-  float scratch[32];
-};
-
 // Zeroes ranges and staging row, and copies the spans to where lanes can read different ones at once.
 __device__ __forceinline__ void begin_row(const QuantizeArgs& args, RowState& state, uint8_t* staging) {
   const int tid = threadIdx.x, threads = blockDim.x;

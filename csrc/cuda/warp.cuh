@@ -2,7 +2,6 @@
 #pragma once
 
 #include "quantize_args.h"
-#include "scalar.h"
 
 namespace resq::cuda {
 
@@ -10,8 +9,8 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 
 // Dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
-#if defined(RESQ_CUDA_ON_HOST)
-  return resq_cuda_on_host::dynamic_shared();
+#if defined(RESQ_EMULATED)
+  return emulator::cta->shared.data();
 #else
   extern __shared__ __align__(16) uint8_t resq_shared[];
   return resq_shared;
