@@ -23,6 +23,16 @@ STABLE_TORCH_LIBRARY(resq, m) {
   m.def(
       "quantize_activation(Tensor x, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k) -> "
       "(Tensor, Tensor, Tensor)");
+  // The three below are implemented in resq_vllm/fused.py for the CPU and in cuda/op_quantize.cpp.
+  m.def(
+      "quantize_pack(Tensor x, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k, "
+      "int weight_group=0, bool nibbles=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon, int[] segments, "
+      "int[] group_bits, int weight_group=0, bool nibbles=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "silu_mul_quantize(Tensor gate_up, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k, "
+      "int weight_group=0, bool nibbles=False) -> (Tensor, Tensor, Tensor)");
   m.def("hadamard(Tensor x, int groups, Tensor? hadamard_k) -> Tensor");
   m.def(
       "kv_write(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? rotation, int high, "

@@ -29,7 +29,7 @@ ActivationPlan make_activation_plan(const std::vector<int64_t>& segments, const 
   }
   if (four_bits) plan.store[0] = Store::u4;
   // Runs of one part follow each other in the order of the list.
-  int64_t used[2] = {0, 0};
+  int64_t* used = plan.used;
   for (RunSpan& run : plan.runs) {
     run.at = static_cast<int32_t>(used[run.part]);
     used[run.part] += run.padded;

@@ -21,7 +21,8 @@ struct ActivationPlan {
   std::vector<ColumnSpan> spans;  // in x's column order, merged where no padding lies between
   std::vector<int32_t> group_bits;
   int64_t columns = 0;              // K
-  int64_t padded[2] = {0, 0};       // padded columns of a part, its pitch's padding included
+  int64_t used[2] = {0, 0};         // padded columns of a part's runs
+  int64_t padded[2] = {0, 0};       // the same with the pitch's padding
   int64_t pitch[2] = {0, 0};        // bytes
   int64_t row_bytes = 0;            // pitch[0] + pitch[1]
   int64_t scale_rows = 0;           // rows of the weight scales
