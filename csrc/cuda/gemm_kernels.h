@@ -1,4 +1,4 @@
-// The kernels that are compiled, by name. gemm_*.cu instantiate them, dispatch.cpp chooses among them, and the tests run
+// The kernels that are compiled, by name. gemm_*.cu instantiate them, gemm_table.h describes them, and the tests run
 // them on the host.
 #pragma once
 
@@ -8,8 +8,6 @@
 
 namespace resq::cuda {
 
-enum class Family : int32_t { decode, tiled, wgmma };
-
 // X(name, shape): m = tokens, n = channels of a CTA; "split": several CTAs may share a tile.
 #define RESQ_DECODE_KERNELS(X)            \
   X(decode_m8_n32, DecodeShape<2, 1, 4>)  \
@@ -18,6 +16,7 @@ enum class Family : int32_t { decode, tiled, wgmma };
   X(decode_m16_n64, DecodeShape<4, 2, 4>)
 
 #define RESQ_TILED_KERNELS(X)                                   \
+  X(tiled_m32_n128, TiledShape<2, 4, 4, 1, 4, false>)            \
   X(tiled_m32_n128_split, TiledShape<2, 4, 4, 1, 4, true>)      \
   X(tiled_m64_n128_split, TiledShape<2, 8, 4, 1, 4, true>)      \
   X(tiled_m128_n128_split, TiledShape<2, 8, 4, 2, 3, true>)     \

@@ -2,6 +2,7 @@
 // checks, outputs from torch's allocator, one launch. Nothing here waits for the device, so all of it can be captured.
 #include <torch/csrc/stable/library.h>
 
+#include "op_quantize.h"
 #include "quantize_plan.h"
 #include "torch_checks.h"
 
@@ -86,11 +87,15 @@ Quantized quantize(const Tensor& x, const Ints& segments, const Ints& group_bits
   return run(args, rows, dtype, op);
 }
 
+}  // namespace
+
 Quantized quantize_pack(const Tensor& x, Ints segments, Ints group_bits, int64_t hadamard_groups,
                         const std::optional<Tensor>& hadamard_k, int64_t weight_group, bool nibbles) {
   return quantize(x, segments, group_bits, hadamard_groups, hadamard_k, weight_group, nibbles, Order::parts, false,
                   "quantize_pack");
 }
+
+namespace {
 
 Quantized silu_mul_quantize(const Tensor& gate_up, Ints segments, Ints group_bits, int64_t hadamard_groups,
                             const std::optional<Tensor>& hadamard_k, int64_t weight_group, bool nibbles) {
