@@ -13,12 +13,12 @@ namespace resq::cuda {
 template <int kTiles_, int kTokens8_, int kDepth_>
 struct DecodeShape {
   static constexpr int kTiles = kTiles_, kTokens8 = kTokens8_, kDepth = kDepth_;
-  static constexpr int kWarps = 8, kThreads = 32 * kWarps;
+  static constexpr int kWarps = 8, kThreads = 32 * kWarps, kHalf = kWarps / 2;
   static constexpr int kChannels = kTileChannels * kTiles, kTokens = 8 * kTokens8;
   static constexpr int kSlotBytes = kTiles * kBlockBytes + kTokens8 * 512;
   static constexpr int kRingBytes = kWarps * kDepth * kSlotBytes;
   static constexpr int kQuads = kTiles * kTokens8 * 32;  // of four sums; thread i finishes quad i
-  static constexpr int kSharedBytes = kRingBytes + kWarps * kQuads * 16;
+  static constexpr int kSharedBytes = kRingBytes + kHalf * kQuads * 16;
   static_assert(kQuads <= kThreads);
 };
 
@@ -54,22 +54,31 @@ struct DecodeWarp {
   }
 };
 
-// Sums of the warps: every warp writes its accumulators, then thread i adds up quad i.
+// Sums of the warps: those of the second half write their accumulators, those of the first add their own, then thread i
+// adds up quad i. Half the shared memory of writing them all: what is left holds loads in flight.
 template <class S>
 RESQ_DEVICE void sum_warps(const int32_t (&acc)[S::kTiles][S::kTokens8][4], uint32_t area, int warp, int lane,
                            int32_t (&sums)[4]) {
+  const uint32_t mine = area + warp % S::kHalf * S::kQuads * 16 + lane * 16;
   barrier();  // the sums of the run before have been read
 #pragma unroll
-  for (int c = 0; c < S::kTiles; ++c)
+  for (int half = 1; half >= 0; --half) {
+    if (warp / S::kHalf == half) {
 #pragma unroll
-    for (int t = 0; t < S::kTokens8; ++t)
-      shared_store(area + ((warp * S::kTiles + c) * S::kTokens8 + t) * 512 + lane * 16,
-                   {acc[c][t][0], acc[c][t][1], acc[c][t][2], acc[c][t][3]});
-  barrier();
+      for (int i = 0; i < S::kTiles * S::kTokens8; ++i) {
+        const int32_t(&v)[4] = acc[i / S::kTokens8][i % S::kTokens8];
+        uint4 before = {0, 0, 0, 0};
+        if (half == 0) before = shared_load(mine + i * 512);
+        shared_store(mine + i * 512, {v[0] + static_cast<int32_t>(before.x), v[1] + static_cast<int32_t>(before.y),
+                                      v[2] + static_cast<int32_t>(before.z), v[3] + static_cast<int32_t>(before.w)});
+      }
+    }
+    barrier();
+  }
   sums[0] = sums[1] = sums[2] = sums[3] = 0;
   if (thread_index() >= S::kQuads) return;
 #pragma unroll
-  for (int w = 0; w < S::kWarps; ++w) {
+  for (int w = 0; w < S::kHalf; ++w) {
     const uint4 v = shared_load(area + w * S::kQuads * 16 + thread_index() * 16);
     sums[0] += static_cast<int32_t>(v.x), sums[1] += static_cast<int32_t>(v.y);
     sums[2] += static_cast<int32_t>(v.z), sums[3] += static_cast<int32_t>(v.w);

@@ -13,7 +13,7 @@ namespace resq::cuda {
   X(decode_m8_n32, DecodeShape<2, 1, 4>)  \
   X(decode_m8_n64, DecodeShape<4, 1, 4>)  \
   X(decode_m16_n32, DecodeShape<2, 2, 4>) \
-  X(decode_m16_n64, DecodeShape<4, 2, 4>)
+  X(decode_m16_n64, DecodeShape<4, 2, 3>)
 
 #define RESQ_TILED_KERNELS(X)                                   \
   X(tiled_m32_n128, TiledShape<2, 4, 4, 1, 4, false>)            \

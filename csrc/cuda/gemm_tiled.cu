@@ -5,7 +5,7 @@ namespace resq::cuda {
 namespace {
 
 template <class S>
-__global__ __launch_bounds__(S::kThreads) void tiled_kernel(const __grid_constant__ GemmArgs args) {
+__global__ __launch_bounds__(S::kThreads, S::kCtas) void tiled_kernel(const __grid_constant__ GemmArgs args) {
   tiled_gemm<S>(args);
 }
 

@@ -15,6 +15,8 @@ struct TiledShape {
   static constexpr int kTiles = kTiles_, kTokens8 = kTokens8_;  // of a warp
   static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kStages = kStages_, kBlocks = 2;
   static constexpr bool kSplit = kSplit_;
+  // CTAs a processor that the registers must leave room for; with none said, ptxas spills to reach 128 registers.
+  static constexpr int kCtas = kTokens8_ * kWarpsM_ <= 4 ? 3 : kWarpsM_ == 1 ? 2 : 1;
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kChannelTiles = kTiles * kWarpsN, kChannels = kTileChannels * kChannelTiles;
   static constexpr int kTokens = 8 * kTokens8 * kWarpsM;

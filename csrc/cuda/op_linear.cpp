@@ -10,6 +10,7 @@
 #include "gemm_launch.h"
 #include "gemm_plan.h"
 #include "op_quantize.h"
+#include "plan.h"
 #include "torch_checks.h"
 
 namespace resq::cuda {
