@@ -1,7 +1,7 @@
 // The functions of csrc/cuda/device.h and hopper.h on the host: a CTA's threads are coroutines of one OS thread.
 //
-// Written from the PTX ISA, not from the kernels. What hardware does late is done late here too: cp.async copies at the
-// wait that covers them, bulk and tensor copies at a random later moment, wgmma at its wait, reading shared memory and
+// Written from the PTX ISA, not from the kernels. What hardware does late is done late here too: cp.async copies at once
+// or at the wait that covers them, bulk and tensor copies at a random later moment, wgmma at its wait, reading shared memory and
 // A registers then. Shared memory starts as garbage, threads run in random order, every access to device memory must lie
 // in a registered buffer, and misalignment, divergence in a warp's instruction and deadlock end the program with a word.
 #pragma once
@@ -109,6 +109,14 @@ inline uint8_t* shared_at(uint32_t at, uint32_t bytes) {
   require(at % std::min(bytes, 16u) == 0, "misaligned access to shared memory");
   require(at + bytes <= cta->shared.size(), "access beyond shared memory");
   return cta->shared.data() + at;
+}
+
+inline void perform(const Copy& c) {
+  uint8_t* to = shared_at(c.to, 16);
+  std::memset(to, 0, 16);
+  if (!c.bytes) return;
+  check_global(c.from, 16);
+  std::memcpy(to, c.from, 16);
 }
 
 inline Thread& self() { return *cta->threads[cta->current]; }
@@ -383,20 +391,16 @@ inline void shared_store(uint32_t at, int4 v) { std::memcpy(emulator::shared_at(
 inline void copy_async(uint32_t to, const void* from, int bytes) {
   emulator::require(bytes == 0 || bytes == 16, "copy_async of neither 0 nor 16 bytes");
   emulator::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "copy_async from a misaligned address");
-  emulator::self().copies.back().push_back({to, from, bytes});
+  const emulator::Copy copy{to, from, bytes};
+  if (emulator::cta->random() % 2) return emulator::perform(copy);  // some copies land at once, others as late as they may
+  emulator::self().copies.back().push_back(copy);
 }
 inline void copy_async_commit() { emulator::self().copies.emplace_back(); }
 template <int kPending>
 void copy_async_wait() {
   auto& groups = emulator::self().copies;
   while (static_cast<int>(groups.size()) - 1 > kPending) {
-    for (const emulator::Copy& c : groups.front()) {
-      uint8_t* to = emulator::shared_at(c.to, 16);
-      std::memset(to, 0, 16);
-      if (!c.bytes) continue;
-      emulator::check_global(c.from, 16);
-      std::memcpy(to, c.from, 16);
-    }
+    for (const emulator::Copy& copy : groups.front()) emulator::perform(copy);
     groups.erase(groups.begin());
   }
 }

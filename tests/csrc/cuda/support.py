@@ -47,7 +47,16 @@ class Problem(ctypes.Structure):
 def emulation() -> ctypes.CDLL:
     """The kernels on the host, compiled once a test run."""
     library = Path(mkdtemp(prefix="resq-emulation-")) / "emulation.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-clobbered",
+    ]
     include = [f"-I{HERE}", f"-I{SOURCES}"]
     command = ["g++", *flags, "-fPIC", "-shared", *include, str(HERE / "emulation.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

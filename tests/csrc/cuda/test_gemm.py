@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.csrc.cuda.support import Layer
 
 from resq_vllm.formats.plan import LinearPlan, Segment
+from tests.csrc.cuda.support import Layer
 
 TWO_PARTS = LinearPlan((Segment(448, 0, 0), Segment(64, 1, 1)), (4, 8))
 # A scale a Hadamard block, low only; block lengths that end within a 64-column block of weights.

@@ -6,11 +6,11 @@ import ctypes
 
 import pytest
 import torch
-from tests.csrc.cuda.support import Layer, emulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resq_vllm.formats.plan import LinearPlan, Segment
+from tests.csrc.cuda.support import Layer, emulation
 
 BLOCK_BYTES, TABLE_BYTES, TILE = 512, 512, 16
 
