@@ -15,13 +15,20 @@ SHAPES = (("qkv", 272, 1024), ("o", 150, 1024), ("down", 130, 2048), ("head", 25
 TOKENS = (1, 7, 16, 33, 130, 300)
 
 
-def cases(hopper: bool) -> Iterator[tuple[str, int, int, int, int]]:
+def runs_on(kernel: str, major: int, site: str) -> bool:
+    """Whether a chip of compute capability ``major``.x has the kernel's instructions, and the site fits them."""
+    if kernel.startswith("wgmma"):
+        return major == 9
+    return not kernel.endswith("s4") or (major == 8 and site != "o")
+
+
+def cases(major: int) -> Iterator[tuple[str, int, int, int, int]]:
     """(kernel, splits, tokens, index of SHAPES, seed)."""
     seed = 0
     for kernel, (most, splits) in KERNELS.items():
-        if kernel.startswith("wgmma") and not hopper:
-            continue
         for shape in range(len(SHAPES)):
+            if not runs_on(kernel, major, SHAPES[shape][0]):
+                continue
             for tokens in TOKENS:
                 if most and tokens > most:
                     continue
@@ -42,12 +49,12 @@ def expected(weight: OurWeight, quantized: tuple[torch.Tensor, torch.Tensor, tor
     return integers, y.to(x.dtype)
 
 
-def failures(hopper: bool) -> list[str]:
+def failures(major: int) -> list[str]:
     """One sentence for every case that differs from the reference."""
     weights = [OurWeight(Shape("check", site, n, k), seed=i) for i, (site, n, k) in enumerate(SHAPES)]
     known: dict[tuple[int, int], tuple] = {}
     wrong = []
-    for kernel, splits, tokens, index, seed in cases(hopper):
+    for kernel, splits, tokens, index, seed in cases(major):
         weight = weights[index]
         if (index, tokens) not in known:
             g = torch.Generator("cuda").manual_seed(seed)

@@ -1,7 +1,7 @@
 """Contenders of the GPU linear benchmark: one weight as each wants it, in copies enough to keep the L2 cache cold.
 
 A contender is measured on input that is ready for its kernel: bf16 for the 16-bit ones, quantized for those that
-multiply integers or fp8, since engines fuse that step with the norm before it. "resq-linear" does both, in two launches.
+multiply integers or fp8, since engines fuse that step with the norm before it. "resq-linear" does both in two launches.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def resq(shape: Shape) -> Build:
         quantized = weight.quantized(x)
         tail = (None, shape.outputs, weight.segments, weight.group_bits, x.dtype)
         for packed, scales, sums in clones((weight.packed, weight.scales, weight.sums)):
-            yield lambda own=(packed, scales, sums): linear_quantized(quantized, *own, *tail)  # type: ignore[misc]
+            yield lambda own=(packed, scales, sums): linear_quantized(quantized, *own, *tail)  # type: ignore[misc, call-arg]
 
     return build
 
@@ -132,7 +132,7 @@ def resq_linear(shape: Shape) -> Build:
     def build(x: torch.Tensor) -> Iterator[Call]:
         tail = (None, shape.outputs, weight.segments, weight.group_bits, plan.hadamard_groups, matrix)
         for own in clones((weight.packed, weight.scales, weight.sums)):
-            yield lambda own=own: ops.linear(x, *own, *tail)  # type: ignore[misc]
+            yield lambda own=own: ops.linear(x, *own, *tail)  # type: ignore[misc, call-arg]
 
     return build
 

@@ -23,6 +23,8 @@ KERNELS = {
     "tiled_m128_n128_split": (0, True),
     "tiled_m64_n128": (0, False),
     "tiled_m128_n128": (0, False),
+    "tiled_m64_n128_s4": (0, False),
+    "tiled_m128_n128_s4": (0, False),
     "wgmma_m64_n128": (0, False),
     "wgmma_m128_n128": (0, False),
 }

@@ -86,6 +86,14 @@ RESQ_DEVICE void mma_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d += a · b: a int4 16 x 64, b uint4 64 x 8. One instruction until sm_89; later chips emulate it in a couple of hundred.
+RESQ_DEVICE void mma_s4u4(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k64.row.col.s32.s4.u4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // --- launches that overlap (sm_90; elsewhere nothing) -------------------------------------------------------------------
 // Waits until the kernel before this one has finished and its stores are visible.
 RESQ_DEVICE void wait_for_previous_kernel() {

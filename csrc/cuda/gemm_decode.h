@@ -130,7 +130,7 @@ RESQ_DEVICE void decode_gemm(const GemmArgs& a) {
       }
       copy_async_commit();
       const uint32_t at = self.ring + slot * S::kSlotBytes;
-      multiply_block(at, at + S::kTiles * kBlockBytes, nibbles, lane, acc);
+      multiply_block<false>(at, at + S::kTiles * kBlockBytes, nibbles, lane, acc);
       slot = slot + 1 == S::kDepth ? 0 : slot + 1;
     }
     int32_t sums[4];

@@ -23,6 +23,11 @@ namespace resq::cuda {
   X(tiled_m64_n128, TiledShape<2, 8, 4, 1, 4, false>)           \
   X(tiled_m128_n128, TiledShape<2, 8, 4, 2, 3, false>)
 
+// "s4": 4-bit weights meet 4-bit codes in the 4-bit instruction of sm_80, sm_86 and sm_89.
+#define RESQ_INT4_KERNELS(X)                                           \
+  X(tiled_m64_n128_s4, TiledShape<2, 8, 4, 1, 4, false, true>)         \
+  X(tiled_m128_n128_s4, TiledShape<2, 8, 4, 2, 3, false, true>)
+
 #define RESQ_WGMMA_KERNELS(X)            \
   X(wgmma_m64_n128, WgmmaShape<64, 7>)   \
   X(wgmma_m128_n128, WgmmaShape<128, 6>)

@@ -27,6 +27,7 @@ const char* launch_gemm(const Choice& choice, const Chip& chip, const GemmArgs& 
   switch (kKernels[choice.kernel].family) {
     case Family::decode: return launch_decode(choice.kernel, overlap, args, stream);
     case Family::tiled: return launch_tiled(choice.kernel, overlap, args, stream);
+    case Family::int4: return launch_int4(choice.kernel, args, stream);
     default: return launch_wgmma(choice.kernel, chip.processors, args, stream);
   }
 }

@@ -16,6 +16,7 @@ const char* launch_gemm(const Choice& choice, const Chip& chip, const GemmArgs& 
 // Where one of the families is compiled.
 const char* launch_decode(int32_t kernel, bool overlap, const GemmArgs& args, cudaStream_t stream);
 const char* launch_tiled(int32_t kernel, bool overlap, const GemmArgs& args, cudaStream_t stream);
+const char* launch_int4(int32_t kernel, const GemmArgs& args, cudaStream_t stream);
 const char* launch_wgmma(int32_t kernel, int processors, const GemmArgs& args, cudaStream_t stream);
 
 // packed [table_bytes | tiles] and column sums [runs, n] from a checkpoint's weights, all on the device but `runs` and

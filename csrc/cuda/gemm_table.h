@@ -8,7 +8,7 @@
 
 namespace resq::cuda {
 
-enum class Family : int32_t { decode, tiled, wgmma };
+enum class Family : int32_t { decode, tiled, int4, wgmma };
 
 struct KernelInfo {
   const char* name;
@@ -31,6 +31,8 @@ constexpr KernelInfo kKernels[] = {
     {"tiled_m128_n128_split", Family::tiled, 128, 128, 4096, false, true, 1},
     {"tiled_m64_n128", Family::tiled, 64, 128, 2048, true, false, 2},
     {"tiled_m128_n128", Family::tiled, 128, 128, 4096, true, false, 1},
+    {"tiled_m64_n128_s4", Family::int4, 64, 128, 2048, true, false, 2},
+    {"tiled_m128_n128_s4", Family::int4, 128, 128, 4096, true, false, 1},
     {"wgmma_m64_n128", Family::wgmma, 64, 128, 0, true, false, 1},
     {"wgmma_m128_n128", Family::wgmma, 128, 128, 0, true, false, 1},
 };
@@ -46,6 +48,8 @@ enum KernelId : int32_t {
   tiled_m128_n128_split,
   tiled_m64_n128,
   tiled_m128_n128,
+  tiled_m64_n128_s4,
+  tiled_m128_n128_s4,
   wgmma_m64_n128,
   wgmma_m128_n128,
   kKernelCount
@@ -56,6 +60,7 @@ struct Chip {
   int arch;        // 10·major + minor
   int processors;
   bool wgmma;      // a Hopper chip, and its own code was built
+  bool int4;       // sm_80, sm_86 or sm_89, and code for one of them was built
 };
 
 struct Choice {
@@ -98,8 +103,8 @@ inline Choice choose_tiled(int whole, int split, const Chip& chip, int64_t m, in
   return splits > 1 ? Choice{split, splits} : Choice{whole, 1};
 }
 
-// The table. Nothing in it was measured yet: it follows from bytes and waves of CTAs.
-inline Choice choose_kernel(const Chip& chip, int64_t m, int64_t n, int32_t blocks, int32_t runs) {
+// four_bits: all codes of the low part are 0..15. The table. Nothing in it was measured yet: it follows from bytes and waves of CTAs.
+inline Choice choose_kernel(const Chip& chip, int64_t m, int64_t n, int32_t blocks, int32_t runs, bool four_bits) {
   if (m <= 16) {
     const int narrow = m <= 8 ? decode_m8_n32 : decode_m16_n32, wide = narrow + 1;
     // Wide tiles read the codes half as often; narrow ones fill the chip.
@@ -114,8 +119,10 @@ inline Choice choose_kernel(const Chip& chip, int64_t m, int64_t n, int32_t bloc
     if (4 * tiles_of(kKernels[wgmma_m64_n128], m, n) >= 3 * chip.processors) return {wgmma_m64_n128, 1};
     return choose_tiled(tiled_m64_n128, tiled_m64_n128_split, chip, m, n, blocks, runs);
   }
-  if (2 * tiles >= chip.processors) return choose_tiled(tiled_m128_n128, tiled_m128_n128_split, chip, m, n, blocks, runs);
-  return choose_tiled(tiled_m64_n128, tiled_m64_n128_split, chip, m, n, blocks, runs);
+  const bool int4 = chip.int4 && four_bits;
+  if (2 * tiles >= chip.processors)
+    return choose_tiled(int4 ? tiled_m128_n128_s4 : tiled_m128_n128, tiled_m128_n128_split, chip, m, n, blocks, runs);
+  return choose_tiled(int4 ? tiled_m64_n128_s4 : tiled_m64_n128, tiled_m64_n128_split, chip, m, n, blocks, runs);
 }
 
 // "tiled_m64_n128_split x4".

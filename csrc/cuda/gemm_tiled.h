@@ -10,11 +10,13 @@
 
 namespace resq::cuda {
 
-template <int kTiles_, int kTokens8_, int kWarpsN_, int kWarpsM_, int kStages_, bool kSplit_>
+template <int kTiles_, int kTokens8_, int kWarpsN_, int kWarpsM_, int kStages_, bool kSplit_,
+          bool kInt4_ = false>
 struct TiledShape {
   static constexpr int kTiles = kTiles_, kTokens8 = kTokens8_;  // of a warp
   static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kStages = kStages_, kBlocks = 2;
   static constexpr bool kSplit = kSplit_;
+  static constexpr bool kInt4 = kInt4_;  // for 4-bit codes of the low part, on chips that have the instruction
   // CTAs a processor that the registers must leave room for; with none said, ptxas spills to reach 128 registers.
   static constexpr int kCtas = kTokens8_ * kWarpsM_ <= 4 ? 3 : kWarpsM_ == 1 ? 2 : 1;
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
@@ -23,6 +25,7 @@ struct TiledShape {
   static constexpr int kBlockShared = kChannelTiles * kBlockBytes + kTokens * 64;
   static constexpr int kStageBytes = kBlocks * kBlockShared;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(!(kSplit && kInt4));
   static_assert(kChannelTiles * 32 % kThreads == 0 && kTokens * 4 % kThreads == 0);
 };
 
@@ -65,9 +68,10 @@ struct TiledWarp {
   int channel, token;  // of the lane's first quad
   int4* partial;       // of the thread
 
-  RESQ_DEVICE void end_run(const GemmRun& run, int r, int split, int32_t (&acc)[S::kTiles][S::kTokens8][4],
+  RESQ_DEVICE void end_run([[maybe_unused]] GemmRun run, int r, int split, int32_t (&acc)[S::kTiles][S::kTokens8][4],
                            float (&y)[S::kTiles][S::kTokens8][4]) const {
-ChannelFactors w[S::kTiles] = {};
+    if constexpr (S::kInt4) run.nibbles = 0;  // the sums are those of w, not of 16·w
+    ChannelFactors w[S::kTiles] = {};
 #pragma unroll
     for (int c = 0; c < S::kTiles; ++c)
       if constexpr (!S::kSplit) w[c] = channel_factors(a, run, r, channel + c * kTileChannels);
@@ -150,7 +154,7 @@ RESQ_DEVICE void tiled_gemm(const GemmArgs& a) {
     for (int k = 0; k < S::kBlocks; ++k) {
       if (block + k >= range.end) break;
       const uint32_t at = shared + stage * S::kStageBytes + k * S::kBlockShared;
-      multiply_block(at + wn * S::kTiles * kBlockBytes,
+      multiply_block<S::kInt4>(at + wn * S::kTiles * kBlockBytes,
                      at + S::kChannelTiles * kBlockBytes + wm * S::kTokens8 * 512, runs.run.nibbles != 0, lane, acc);
       const bool run_ends = block + k + 1 == runs.run.first_block + runs.run.blocks;
       if (run_ends || block + k + 1 == range.end) {

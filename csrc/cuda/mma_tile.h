@@ -35,14 +35,32 @@ RESQ_DEVICE void copy_codes(const GemmArgs& a, const CodeCursor& at, int block, 
 
 // acc += weights · codes of one block: kTiles tiles of 16 channels whose blocks lie at `weights`, 512 bytes each, and
 // kTokens8 tiles of 8 tokens at `codes`, 512 bytes each.
-template <int kTiles, int kTokens8>
+//
+// kInt4: 4-bit weights meet 4-bit codes (a byte each) in mma.m16n8k64. Its 64 columns may come in any order as long as A
+// and B agree: two words of weights make a register of row g (low nibbles) and one of row g + 8 (high nibbles), whose even
+// nibbles are the first word's columns and whose odd ones the second's; two words of codes make the register of B.
+template <bool kInt4, int kTiles, int kTokens8>
 RESQ_DEVICE void multiply_block(uint32_t weights, uint32_t codes, bool nibbles, int lane,
                                 int32_t (&acc)[kTiles][kTokens8][4]) {
   const uint32_t matrix_row = chunk_offset(lane & 7, lane >> 3);
   uint4 words[kTiles];
 #pragma unroll
   for (int c = 0; c < kTiles; ++c) words[c] = shared_load(weights + c * kBlockBytes + lane * 16);
-  if (nibbles) {
+  if (kInt4 && nibbles) {
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int c = 0; c < kTiles; ++c) {
+      const uint4 w = words[c];
+      a[c][0] = pair_low_nibbles(w.x, w.y), a[c][1] = pair_high_nibbles(w.x, w.y);
+      a[c][2] = pair_low_nibbles(w.z, w.w), a[c][3] = pair_high_nibbles(w.z, w.w);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens8; ++t) {
+      const uint4 b = load_matrices(codes + t * 512 + matrix_row);
+#pragma unroll
+      for (int c = 0; c < kTiles; ++c) mma_s4u4(acc[c][t], a[c], b.x | (b.y << 4), b.z | (b.w << 4));
+    }
+  } else if (nibbles) {
     uint32_t first[kTiles][4], second[kTiles][4];
 #pragma unroll
     for (int c = 0; c < kTiles; ++c) {

@@ -43,7 +43,9 @@ Chip chip_of(int device) {
   Chip chip{};
   check_launch(current_chip(device, chip.arch, chip.processors), "linear");
   static const bool hopper_code = std::string(RESQ_CUDA_ARCHS).find("sm_90a") != std::string::npos;
+  static const bool int4_code = std::string(RESQ_CUDA_ARCHS).find("sm_8") != std::string::npos;
   chip.wgmma = chip.arch == 90 && hopper_code;
+  chip.int4 = chip.arch < 90 && int4_code;
   if (chip.arch < 80)
     check(false, "linear: this GPU has compute capability " + std::to_string(chip.arch / 10) + "." +
                      std::to_string(chip.arch % 10) + ", but the integer tensor-core kernels need 8.0 or later");
@@ -57,12 +59,15 @@ struct LinearLayout {
   int low_bits;
   ActivationPlan activations;
   GemmPlan gemm;
+  bool four_bits;  // all codes of the low part are 0..15
 };
 
 LinearLayout make_layout(const Ints& segments, const Ints& group_bits, int64_t weight_group, int low_bits) {
   LinearLayout layout{segments, group_bits, weight_group, low_bits,
-                      make_activation_plan(segments, group_bits, weight_group, false), {}};
+                      make_activation_plan(segments, group_bits, weight_group, false), {}, true};
   layout.gemm = make_gemm_plan(layout.activations.runs, low_bits);
+  for (const RunSpan& run : layout.activations.runs)
+    layout.four_bits = layout.four_bits && (run.part == 1 || group_bits[static_cast<size_t>(run.group)] == 4);
   return layout;
 }
 
@@ -117,13 +122,17 @@ void check_operand(const Tensor& t, const Tensor& like, ScalarType dtype, const 
 }
 
 // The named kernel ("" = the table's choice) and its splits (0 = the table's).
-Choice choose(const Chip& chip, int64_t m, int64_t n, const GemmPlan& plan, const std::string& kernel, int64_t splits) {
+Choice choose(const Chip& chip, int64_t m, int64_t n, const LinearLayout& layout, const std::string& kernel,
+              int64_t splits) {
+  const GemmPlan& plan = layout.gemm;
   const int32_t runs = static_cast<int32_t>(plan.runs.size());
-  if (kernel.empty()) return choose_kernel(chip, m, n, plan.blocks, runs);
+  if (kernel.empty()) return choose_kernel(chip, m, n, plan.blocks, runs, layout.four_bits);
   for (int32_t i = 0; i < kKernelCount; ++i) {
     const KernelInfo& k = kKernels[i];
     if (kernel != k.name) continue;
     check(k.family != Family::wgmma || chip.wgmma, "this kernel runs only on Hopper GPUs, in a build for sm_90a");
+    check(k.family != Family::int4 || (chip.int4 && layout.four_bits),
+          "this kernel runs only on GPUs of compute capability 8.x, on 4-bit activations");
     check(k.family != Family::decode || m <= k.tokens, "this kernel does not hold so many tokens");
     const int64_t used = splits ? splits : choose_splits(k, chip, m, n, plan.blocks, runs);
     check(used == 1 || k.split, "this kernel does not split");
@@ -216,7 +225,7 @@ Tensor linear_quantized(const Tensor& codes, const Tensor& scale, const Tensor& 
   }
   if (m == 0) return out;
   const Chip chip = chip_of(codes.get_device_index());
-  const Choice choice = choose(chip, m, n, layout.gemm, kernel, splits);
+  const Choice choice = choose(chip, m, n, layout, kernel, splits);
   a.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   a.pitch = layout.activations.row_bytes;
   a.part_at[1] = static_cast<int32_t>(layout.activations.pitch[0]);
@@ -265,7 +274,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
 std::string cuda_kernel(int64_t device, int64_t m, int64_t n, Ints segments, Ints group_bits, int64_t low_bits,
                         int64_t weight_group) {
   const LinearLayout& layout = cached_layout(segments, group_bits, weight_group, static_cast<int>(low_bits));
-  return kernel_name(choose(chip_of(static_cast<int>(device)), m, n, layout.gemm, "", 0));
+  return kernel_name(choose(chip_of(static_cast<int>(device)), m, n, layout, "", 0));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resq, CUDA, m) {

@@ -109,4 +109,13 @@ RESQ_HD uint8_t packed_byte(const PartWeights& part, const GemmRun& run, int64_t
 RESQ_HD uint32_t low_nibbles(uint32_t word, uint32_t mask = 0xf0f0f0f0u) { return (word << 4) & mask; }
 RESQ_HD uint32_t high_nibbles(uint32_t word, uint32_t mask = 0xf0f0f0f0u) { return word & mask; }
 
+
+// Two words of a 4-bit block as two registers of int4: the first word's weights in the even nibbles.
+RESQ_HD uint32_t pair_low_nibbles(uint32_t first, uint32_t second) {
+  return (first & 0x0f0f0f0fu) | ((second << 4) & 0xf0f0f0f0u);
+}
+RESQ_HD uint32_t pair_high_nibbles(uint32_t first, uint32_t second) {
+  return ((first >> 4) & 0x0f0f0f0fu) | (second & 0xf0f0f0f0u);
+}
+
 }  // namespace resq::cuda

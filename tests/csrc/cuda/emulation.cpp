@@ -2,6 +2,7 @@
 #define RESQ_DEVICE_EMULATOR "emulator.h"
 #include "gemm_kernels.h"
 #include "gemm_plan.h"
+#include "gemm_table.h"
 
 using namespace resq::cuda;
 
@@ -128,6 +129,7 @@ int resq_gemm(const char* name, Problem* p) {
   }
   RESQ_DECODE_KERNELS(RESQ_RUN_DECODE)
   RESQ_TILED_KERNELS(RESQ_RUN_TILED)
+  RESQ_INT4_KERNELS(RESQ_RUN_TILED)
   RESQ_WGMMA_KERNELS(RESQ_RUN_WGMMA)
   return 1;
 }
@@ -144,5 +146,22 @@ int resq_split_of(int blocks, int splits, int block) { return split_of(blocks, s
 int resq_tile_channel(int index, int channels, int tokens) { return tile_place(index, channels, tokens).channel; }
 int resq_tile_token(int index, int channels, int tokens) { return tile_place(index, channels, tokens).token; }
 int resq_chunk_offset(int row, int chunk) { return static_cast<int>(chunk_offset(row, chunk)); }
+
+
+// --- the table of kernels -------------------------------------------------------------------------------------------------
+const char* resq_kernel_name(int index) { return index < kKernelCount ? kKernels[index].name : nullptr; }
+
+// The choice for a chip; what it says of the kernel: tokens, channels, whole, split, bytes of partial sums.
+int resq_choose(int arch, int processors, int wgmma, int int4, int64_t m, int64_t n, int blocks, int runs, int four_bits,
+                int* splits, int64_t* facts) {
+  const Chip chip{arch, processors, wgmma != 0, int4 != 0};
+  const Choice choice = choose_kernel(chip, m, n, blocks, runs, four_bits != 0);
+  const KernelInfo& k = kKernels[choice.kernel];
+  *splits = choice.splits;
+  facts[0] = k.tokens, facts[1] = k.channels, facts[2] = k.whole, facts[3] = k.split;
+  facts[4] = choice.splits > 1 ? partial_bytes(k, m, n, choice.splits, runs) : 0;
+  facts[5] = tiles_of(k, m, n);
+  return choice.kernel;
+}
 
 }  // extern "C"

@@ -248,13 +248,6 @@ inline void count_conflicts(const uint32_t* at) {
   ++cta->matrix_loads;
 }
 
-inline int32_t dot4(uint32_t a, uint32_t b) {  // int8 x uint8
-  int32_t sum = 0;
-  for (int i = 0; i < 4; ++i)
-    sum += static_cast<int8_t>(a >> (8 * i)) * static_cast<int32_t>(static_cast<uint8_t>(b >> (8 * i)));
-  return sum;
-}
-
 // PTX ISA, "Matrix fragments for mma.m16n8k32", 8-bit types: of lane l, group g = l / 4, q = l % 4,
 // a_i: row g + 8 ((i / 4) % 2), column 4q + i % 4 + 16 (i / 8); b_i: row (k) 4q + i % 4 + 16 (i / 4), column g;
 // c_i: row g + 8 (i / 2), column 2q + i % 2.
@@ -278,6 +271,26 @@ inline void multiply_fragments(const std::vector<void*>& lanes) {
     for (int i = 0; i < 4; ++i)
       for (int k = 0; k < 32; ++k)
         f.d[i] += static_cast<int32_t>(a[l / 4 + 8 * (i / 2)][k]) * b[k][2 * (l % 4) + i % 2];
+  }
+}
+
+// The same for mma.m16n8k64 with 4-bit types: a_i: row g + 8 ((i / 8) % 2), column 8q + i % 8 + 32 (i / 16); b_i: row (k)
+// 8q + i % 8 + 32 (i / 8), column g; the first element of a register is in its lowest bits.
+inline void multiply_nibble_fragments(const std::vector<void*>& lanes) {
+  int a[16][64], b[64][8];
+  for (int l = 0; l < 32; ++l) {
+    const Fragments& f = *static_cast<Fragments*>(lanes[l]);
+    const int g = l / 4, q = l % 4;
+    for (int i = 0; i < 32; ++i) {
+      const int nibble = f.a[i / 8] >> (4 * (i % 8)) & 15;
+      a[g + 8 * (i / 8 % 2)][8 * q + i % 8 + 32 * (i / 16)] = nibble >= 8 ? nibble - 16 : nibble;
+    }
+    for (int i = 0; i < 16; ++i) b[8 * q + i % 8 + 32 * (i / 8)][g] = f.b[i / 8] >> (4 * (i % 8)) & 15;
+  }
+  for (int l = 0; l < 32; ++l) {
+    const Fragments& f = *static_cast<Fragments*>(lanes[l]);
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 64; ++k) f.d[i] += a[l / 4 + 8 * (i / 2)][k] * b[k][2 * (l % 4) + i % 2];
   }
 }
 
@@ -426,6 +439,11 @@ inline uint4 load_matrices(uint32_t at) {
 inline void mma_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::Fragments mine{d, a, {b0, b1}};
   emulator::meet_warp("mma", &mine, emulator::multiply_fragments);
+}
+
+inline void mma_s4u4(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Fragments mine{d, a, {b0, b1}};
+  emulator::meet_warp("mma s4", &mine, emulator::multiply_nibble_fragments);
 }
 
 inline void wait_for_previous_kernel() {}

@@ -63,6 +63,7 @@ def emulation() -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.resq_packed_bytes.restype = ctypes.c_int64
+    loaded.resq_kernel_name.restype = ctypes.c_char_p
     return loaded
 
 

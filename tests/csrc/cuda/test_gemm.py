@@ -29,6 +29,10 @@ PLANS = {
 DECODE = {"decode_m8_n32": 8, "decode_m8_n64": 8, "decode_m16_n32": 16, "decode_m16_n64": 16}
 SPLIT = {"tiled_m32_n128_split": 32, "tiled_m64_n128_split": 64, "tiled_m128_n128_split": 128}
 WHOLE = {"tiled_m64_n128": 64, "tiled_m128_n128": 128, "wgmma_m64_n128": 64, "wgmma_m128_n128": 128}
+INT4 = {"tiled_m64_n128_s4": 64, "tiled_m128_n128_s4": 128}
+FOUR_BIT_PLANS = [
+    name for name, plan in PLANS.items() if all(r.part == 1 or plan.group_bits[r.group] == 4 for r in plan.runs)
+]
 KERNELS = DECODE | SPLIT | WHOLE
 
 
@@ -44,6 +48,13 @@ def check(layer: Layer, kernel: str, dtype: torch.dtype, splits: int = 1) -> Non
 def test_equals_the_reference_for_every_plan(kernel: str, plan: str) -> None:
     tokens = KERNELS[kernel] - 3 if kernel in DECODE else KERNELS[kernel] + 5
     check(Layer(PLANS[plan], tokens, 150, bias_dtype=torch.bfloat16), kernel, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", INT4)
+@pytest.mark.parametrize("plan", FOUR_BIT_PLANS)
+@pytest.mark.parametrize("low_bits", [4, 8])
+def test_four_bit_instruction_equals_the_reference(kernel: str, plan: str, low_bits: int) -> None:
+    check(Layer(PLANS[plan], INT4[kernel] + 5, 150, low_bits), kernel, torch.float16)
 
 
 @pytest.mark.parametrize("kernel", DECODE | SPLIT)

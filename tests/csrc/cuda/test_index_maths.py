@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resq_vllm.formats.plan import LinearPlan, Segment
+from resq_vllm.quantized_linear import KERNELS
 from tests.csrc.cuda.support import Layer, emulation
 
 BLOCK_BYTES, TABLE_BYTES, TILE = 512, 512, 16
@@ -69,7 +71,7 @@ def test_packed_weights_unpack_to_the_checkpoints(low_bits: int, outputs: int) -
 def test_splits_cover_every_block_once(blocks: int, splits: int) -> None:
     splits = min(splits, blocks)
     lib = emulation()
-    covered = []
+    covered: list[int] = []
     for split in range(splits):
         begin, end = lib.resq_split_begin(blocks, splits, split), lib.resq_split_end(blocks, splits, split)
         assert end - begin in (blocks // splits, -(-blocks // splits))
@@ -88,6 +90,41 @@ def test_partial_sums_have_a_slot_of_their_own(run_blocks: list[int], splits: in
     slots = [split + run for split, run in pairs]
     assert len(set(slots)) == len(slots)
     assert max(slots) < splits + len(run_blocks) - 1
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(
+        [(80, 108, 0, 1), (86, 82, 0, 1), (89, 142, 0, 1), (90, 132, 1, 0), (90, 132, 0, 0), (120, 170, 0, 0)]
+    ),
+    st.integers(1, 9000),
+    st.integers(1, 130000),
+    st.integers(1, 500),
+    st.integers(1, 120),
+    st.booleans(),
+)
+def test_every_chip_and_shape_has_a_kernel(
+    chip: tuple[int, ...], m: int, n: int, blocks: int, runs: int, four_bits: bool
+) -> None:
+    runs = min(runs, blocks)
+    splits, facts = ctypes.c_int(), (ctypes.c_int64 * 6)()
+    index = emulation().resq_choose(
+        *chip, ctypes.c_int64(m), ctypes.c_int64(n), blocks, runs, int(four_bits), ctypes.byref(splits), facts
+    )
+    name = emulation().resq_kernel_name(index).decode()
+    tokens, _, whole, split, partial, tiles = facts
+    assert not name.startswith("decode") or m <= tokens
+    assert split if splits.value > 1 else whole
+    assert 1 <= splits.value <= blocks
+    assert partial <= 32 << 20
+    assert splits.value == 1 or tiles <= 1 << 14
+    assert not name.startswith("wgmma") or chip[2]
+    assert not name.endswith("s4") or (chip[3] and four_bits)
+
+
+def test_table_of_kernels_is_the_one_that_python_knows() -> None:
+    names = (emulation().resq_kernel_name(index) for index in itertools.count())
+    assert [name.decode() for name in itertools.takewhile(lambda name: name is not None, names)] == list(KERNELS)
 
 
 @settings(deadline=None, max_examples=100)
