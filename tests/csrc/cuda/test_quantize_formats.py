@@ -18,7 +18,6 @@ from tests.csrc.cuda.quantize_support import FLOAT_TYPES, aligned_copy, emulatio
 from tests.csrc.support import assert_no_worse
 
 
-
 def _compiled_plan(plan: LinearPlan, nibbles: bool) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     segments, bits = numbers(plan.flat_segments()), numbers(list(plan.group_bits))
     counts = numbers([0] * 4)
