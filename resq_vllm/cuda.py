@@ -61,7 +61,7 @@ def require(index: int) -> None:
 def problem(machine: Machine, archs: list[str], runtime: int) -> str | None:
     """Why a library built for ``archs`` with CUDA ``runtime`` cannot run on the machine, or None.
 
-    archs: "sm_86" runs on every chip 8.x from 8.6 on, "sm_90a" on 9.0 alone, "compute_90" (PTX) on every chip from it on.
+    archs: "sm_86" runs on every chip 8.x from 8.6 on, "sm_90a" on 9.0 alone, "compute_90" (PTX) on all from 9.0 on.
     """
     chip = f"{machine.name} (compute capability {machine.chip[0]}.{machine.chip[1]})"
     if machine.chip < OLDEST_CHIP:

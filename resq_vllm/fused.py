@@ -45,7 +45,7 @@ def rms_norm_quantize(
     """RMSNorm of x [M, K], or of x + residual, which replaces residual in place, then quantization and packing.
 
     weight [K]; x, residual and weight have one dtype, to which the sum, the normed row and its product with the weight
-    are rounded, as vLLM's RMSNorm does.
+    are rounded in turn.
     """
     return torch.ops.resq.rms_norm_quantize(x, residual, weight, epsilon, segments, group_bits, weight_group, nibbles)
 
@@ -59,13 +59,13 @@ def silu_mul_quantize(
     weight_group: int = 0,
     nibbles: bool = False,
 ) -> Quantized:
-    """SiLU(gate)·up of gate_up [M, 2K] = [gate | up], then as :func:`quantize_pack`; both products round to its dtype."""
+    """SiLU(gate)·up of gate_up [M, 2K] = [gate | up], each rounded to its dtype, then :func:`quantize_pack`."""
     return torch.ops.resq.silu_mul_quantize(
         gate_up, segments, group_bits, hadamard_groups, hadamard_k, weight_group, nibbles
     )
 
 
-# --- on the CPU (torch leaves out arguments that have their default) ------------------------------------------------------
+# --- on the CPU: torch leaves out arguments that have their default ---------------------------------------------------
 def _quantize_pack_cpu(
     x: torch.Tensor,
     segments: list[int],
