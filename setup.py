@@ -1,5 +1,6 @@
-"""Builds resq_vllm/_C.abi3.so, the CPU kernels and their bindings to torch's stable ABI (metadata: pyproject.toml), and,
-where nvcc is found, resq_vllm/_C_cuda.abi3.so with the CUDA kernels (tools/cuda_build.py).
+"""Builds resq_vllm/_C.abi3.so: the CPU kernels and their bindings to torch's stable ABI (metadata: pyproject.toml).
+
+Where nvcc is found, also resq_vllm/_C_cuda.abi3.so with the CUDA kernels (tools/cuda_build.py).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         if cuda_build.wanted() and all(ext.name != CUDA_MODULE for ext in self.extensions):
             print(
-                "resq-vllm: nvcc was not found, the CUDA kernels are left out (CUDA_HOME names a toolkit, RESQ_CUDA=0 is "
-                "no CUDA on purpose)",
+                "resq-vllm: nvcc was not found, the CUDA kernels are left out (CUDA_HOME names a toolkit, RESQ_CUDA=0 "
+                "leaves them out on purpose)",
                 file=sys.stderr,
             )
         super().run()

@@ -45,11 +45,9 @@ def rms_norm_quantize(
     """RMSNorm of x [M, K], or of x + residual, which replaces residual in place, then quantization and packing.
 
     weight [K]; x, residual and weight have one dtype, to which the sum, the normed row and its product with the weight
-    are rounded, as vLLM's RMSNorm does.
+    are rounded in turn.
     """
-    return torch.ops.resq.rms_norm_quantize(
-        x, residual, weight, epsilon, segments, group_bits, weight_group, nibbles
-    )
+    return torch.ops.resq.rms_norm_quantize(x, residual, weight, epsilon, segments, group_bits, weight_group, nibbles)
 
 
 def silu_mul_quantize(
@@ -61,29 +59,27 @@ def silu_mul_quantize(
     weight_group: int = 0,
     nibbles: bool = False,
 ) -> Quantized:
-    """SiLU(gate)·up of gate_up [M, 2K] = [gate | up], then as :func:`quantize_pack`; both products round to its dtype."""
+    """SiLU(gate)·up of gate_up [M, 2K] = [gate | up], each rounded to its dtype, then :func:`quantize_pack`."""
     return torch.ops.resq.silu_mul_quantize(
         gate_up, segments, group_bits, hadamard_groups, hadamard_k, weight_group, nibbles
     )
 
 
-# --- on the CPU -------------------------------------------------------------------------------------------------------
-@torch.library.impl("resq::quantize_pack", "CPU")
+# --- on the CPU: torch leaves out arguments that have their default ---------------------------------------------------
 def _quantize_pack_cpu(
     x: torch.Tensor,
     segments: list[int],
     group_bits: list[int],
     hadamard_groups: int,
     hadamard_k: torch.Tensor | None,
-    weight_group: int,
-    nibbles: bool,
+    weight_group: int = 0,
+    nibbles: bool = False,
 ) -> Quantized:
     layout = _layout(segments, group_bits, hadamard_groups, weight_group, nibbles)
     codes, scale, zero = ops.quantize_activation(x, segments, group_bits, hadamard_groups, hadamard_k)
     return layout.pack(codes), scale, zero
 
 
-@torch.library.impl("resq::rms_norm_quantize", "CPU")
 def _rms_norm_quantize_cpu(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -91,8 +87,8 @@ def _rms_norm_quantize_cpu(
     epsilon: float,
     segments: list[int],
     group_bits: list[int],
-    weight_group: int,
-    nibbles: bool,
+    weight_group: int = 0,
+    nibbles: bool = False,
 ) -> Quantized:
     normed, total = rms_norm(x, residual, weight, epsilon)
     if residual is not None:
@@ -100,18 +96,22 @@ def _rms_norm_quantize_cpu(
     return _quantize_pack_cpu(normed, segments, group_bits, 0, None, weight_group, nibbles)
 
 
-@torch.library.impl("resq::silu_mul_quantize", "CPU")
 def _silu_mul_quantize_cpu(
     gate_up: torch.Tensor,
     segments: list[int],
     group_bits: list[int],
     hadamard_groups: int,
     hadamard_k: torch.Tensor | None,
-    weight_group: int,
-    nibbles: bool,
+    weight_group: int = 0,
+    nibbles: bool = False,
 ) -> Quantized:
     x = silu_mul(gate_up)
     return _quantize_pack_cpu(x, segments, group_bits, hadamard_groups, hadamard_k, weight_group, nibbles)
+
+
+torch.library.impl("resq::quantize_pack", "CPU", _quantize_pack_cpu)
+torch.library.impl("resq::rms_norm_quantize", "CPU", _rms_norm_quantize_cpu)
+torch.library.impl("resq::silu_mul_quantize", "CPU", _silu_mul_quantize_cpu)
 
 
 # --- shapes for torch.compile -----------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def _quantize_fake(
     group_bits: Sequence[int],
     hadamard_groups: int,
     hadamard_k: torch.Tensor | None,
-    weight_group: int,
-    nibbles: bool,
+    weight_group: int = 0,
+    nibbles: bool = False,
 ) -> Quantized:
     return _empty(x, _layout(segments, group_bits, hadamard_groups, weight_group, nibbles))
 
@@ -152,7 +152,7 @@ def _rms_norm_quantize_fake(
     epsilon: float,
     segments: Sequence[int],
     group_bits: Sequence[int],
-    weight_group: int,
-    nibbles: bool,
+    weight_group: int = 0,
+    nibbles: bool = False,
 ) -> Quantized:
     return _empty(x, _layout(segments, group_bits, 0, weight_group, nibbles))

@@ -2,7 +2,8 @@
 
 Importing this module registers ``torch.ops.resq.*``. The specification of every op is its namesake in
 ``resq_vllm.reference``; the formats are ``resq_vllm.formats``. Symbols: M tokens, K input columns, N outputs, G
-activation groups, R runs, T tokens, hd head_dim. All tensors live on one device; today's kernels are for the CPU.
+activation groups, R runs, T tokens, hd head_dim. All tensors live on one device; which ops have CUDA kernels is in
+``csrc/cuda/README.md`` (``resq_vllm.cuda`` loads them).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from resq_vllm import cuda
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import LinearPlan, Segment
 
@@ -21,6 +23,8 @@ except ImportError as error:
         f"the compiled kernels resq_vllm/_C.abi3.so cannot be loaded ({error}); build them with "
         "`pip install --no-build-isolation -e .` in this environment"
     ) from error
+
+cuda.load()
 
 # Of the kernels' weight layout (csrc/cpu/kernels.h, csrc/cpu/plan.cpp): needed to size the output of pack_weight.
 _SUPERBLOCK_COLUMNS = 64

@@ -58,7 +58,7 @@ def block_hadamard(x: torch.Tensor, groups: int) -> torch.Tensor:
 def rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of x + residual (or of x), as vLLM rounds it: the sum, the normed row and its product with the weight.
+    """RMSNorm of x + residual (or of x); the sum, the normed row and its product with the weight are rounded in turn.
 
     x, residual [M, K] and weight [K] of one dtype. Returns the normed row and the sum, both of that dtype.
     """

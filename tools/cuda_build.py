@@ -1,7 +1,7 @@
 """Compiles csrc/cuda into resq_vllm/_C_cuda.abi3.so with nvcc: in parallel, and only what changed.
 
 Standard library only: setup.py imports it. Kernels (`*.cu`) see no torch headers, bindings (`*.cpp`) no CUDA headers. A
-file whose name ends in `_sm80` or `_sm90` is compiled only for the chosen architectures 8.x or 9.0a, where there are any.
+file whose name ends in `_sm80` or `_sm90` is compiled only for the chosen architectures 8.x or 9.0a, if any are chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "cuda"
-# Machine code for every chip with 4- and 8-bit tensor cores until Hopper, and PTX that a driver compiles for later ones.
+# Machine code for the chips from Ampere to Hopper, and PTX that a driver compiles for later ones.
 DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 # torch 2.10, as for the CPU library.
 TORCH_TARGET = "0x020a000000000000"
@@ -65,7 +65,7 @@ def chosen_archs() -> tuple[str, ...]:
         match = re.fullmatch(r"(sm_|compute_|)(\d{1,2})\.?(\d)(a?)", name)
         if match is None or int(match[2] + match[3]) < 80:
             raise CudaBuildError(
-                f"RESQ_CUDA_ARCHS: {name!r} is no architecture from sm_80 on; write it as in RESQ_CUDA_ARCHS=sm_80,sm_90a"
+                f"RESQ_CUDA_ARCHS: {name!r} is no architecture from sm_80 on; write it as in sm_80,sm_90a"
             )
         archs.append(f"{match[1] or 'sm_'}{match[2]}{match[3]}{match[4]}")
     return tuple(dict.fromkeys(archs))
@@ -77,7 +77,7 @@ def require_support(nvcc: Path, archs: tuple[str, ...]) -> None:
     unknown = [arch for arch in archs if f"sm_{re.sub(r'[a-z_]', '', arch)}" not in listing]
     if unknown:
         raise CudaBuildError(
-            f"{nvcc} cannot compile for {', '.join(unknown)}, only for {', '.join(listing)}; choose with RESQ_CUDA_ARCHS"
+            f"{nvcc} cannot compile for {', '.join(unknown)}, only for {', '.join(listing)}; set RESQ_CUDA_ARCHS"
         )
 
 

@@ -1,0 +1,47 @@
+"""Which GPUs a build can run on, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resq_vllm import cuda
+from resq_vllm.cuda import Machine, problem
+
+ALL = ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_90"]
+
+
+@pytest.mark.parametrize("chip", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_default_build_runs_on_every_chip_from_ampere_on(chip: tuple[int, int]) -> None:
+    assert problem(Machine("GPU", chip, 13000), ALL, 13000) is None
+
+
+def test_a_chip_before_ampere_is_named() -> None:
+    said = problem(Machine("Tesla T4", (7, 5), 13000), ALL, 13000)
+    assert said is not None
+    assert said.startswith("Tesla T4 (compute capability 7.5) has no 4-bit tensor cores")
+
+
+@pytest.mark.parametrize(
+    ("chip", "archs"),
+    [((8, 0), ["sm_86"]), ((9, 0), ["sm_89"]), ((10, 0), ["sm_90a"]), ((8, 9), ["compute_90"]), ((9, 0), ["sm_80"])],
+)
+def test_a_build_without_the_chips_code_says_what_was_built(chip: tuple[int, int], archs: list[str]) -> None:
+    said = problem(Machine("GPU", chip, 13000), archs, 13000)
+    assert said is not None
+    assert f"which has {archs[0]};" in said
+    assert said.endswith(f"RESQ_CUDA_ARCHS=sm_{chip[0]}{chip[1]}")
+
+
+def test_a_driver_of_an_older_major_version_is_too_old() -> None:
+    said = problem(Machine("H200", (9, 0), 12040), ALL, 13000)
+    assert said is not None
+    assert "its driver supports CUDA 12.4, but the kernels were built with CUDA 13.0; update the driver" in said
+    assert problem(Machine("H200", (9, 0), 12040), ALL, 12080) is None
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="says what a PyTorch without CUDA is told")
+def test_without_cuda_in_torch_nothing_is_loaded() -> None:
+    module, reason = cuda.load()
+    assert module is None
+    assert "is built without CUDA" in reason
