@@ -20,6 +20,8 @@ from rich.table import Table
 
 from benchmarks.pairs import Comparison, interleave
 from benchmarks.report import rounded, wide_console, write_report
+from resq_vllm import cuda
+from resq_vllm.errors import ResQError
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 2048, 8192)
 # All copies of a weight together: several times the L2 cache of an H200 (50 MB).
@@ -33,11 +35,9 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "benchmarks.gpu_linear needs an NVIDIA GPU of compute capability 8.0 or later, and torch sees none here."
     try:
-        from resq_vllm import _C_cuda  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError as error:
-        return (
-            f"the CUDA kernels resq_vllm/_C_cuda.abi3.so cannot be loaded ({error}); build them on a machine with nvcc."
-        )
+        cuda.require(torch.cuda.current_device())
+    except ResQError as error:
+        return str(error)
     return None
 
 
