@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu_checks import SHAPES, cases, runs_on
-from benchmarks.gpu_contenders import LLAMA_8B, LLAMA_70B, Shape, contenders, our_bytes
+from benchmarks.gpu_checks import SHAPES, cases, expected, runs_on
+from benchmarks.gpu_contenders import LLAMA_8B, LLAMA_70B, OurWeight, Shape, contenders, our_bytes
 from benchmarks.gpu_linear import fraction, table
+from resq_vllm import ops
 from resq_vllm.quantized_linear import KERNELS
 
 
@@ -45,6 +46,16 @@ def test_fraction_is_of_the_slower_ceiling() -> None:
 def test_checks_run_every_kernel_of_the_chip_on_every_site(major: int) -> None:
     seen = {(kernel, SHAPES[shape][0]) for kernel, _, _, shape, _ in cases(major)}
     assert seen == {(k, site) for k in KERNELS for site, *_ in SHAPES if runs_on(k, major, site)}
+
+
+@pytest.mark.parametrize("site", ["qkv", "o", "down", "head"])
+def test_expected_values_of_the_check_are_those_of_the_cpu_kernels(site: str) -> None:
+    weight = OurWeight(Shape("", site, 48, 1024), device="cpu")
+    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    integers, y = expected(weight, weight.quantized(x), x)
+    assert integers.shape == (len(weight.plan.runs), 5, 48)
+    ours = ops.linear(x, weight.packed, weight.scales, weight.sums, None, 48, weight.segments, weight.group_bits)
+    assert torch.equal(y, ours)
 
 
 def test_table_names_the_kernel() -> None:
