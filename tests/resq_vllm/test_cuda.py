@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from resq_vllm import cuda
+from resq_vllm import cuda, ops
 from resq_vllm.cuda import Machine, problem
+from resq_vllm.errors import ResQError
+from resq_vllm.linear import kernels_of
 
 ALL = ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_90"]
 
@@ -45,3 +49,21 @@ def test_without_cuda_in_torch_nothing_is_loaded() -> None:
     module, reason = cuda.load()
     assert module is None
     assert "is built without CUDA" in reason
+
+
+def test_a_layer_on_an_unfit_gpu_is_refused_with_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = SimpleNamespace(archs="sm_80", runtime_version=13000)
+    monkeypatch.setattr(cuda, "load", lambda: (built, ""))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    cuda.require.cache_clear()
+    with pytest.raises(ResQError, match=r"GPU 3 \(compute capability 9.0\) cannot run the CUDA kernels of this build"):
+        kernels_of(torch.device("cuda", 3))
+    built.archs = "sm_80 sm_90a"
+    assert kernels_of(torch.device("cuda", 3)).startswith("CUDA kernels on GPU 3; RMSNorm and SiLU·mul not fused")
+    cuda.require.cache_clear()
+
+
+def test_the_kernels_of_a_cpu_are_its_instruction_set() -> None:
+    assert kernels_of(torch.device("cpu")) == f"CPU kernels {ops.isa()}"
