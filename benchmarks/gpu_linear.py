@@ -26,7 +26,11 @@ from resq_vllm.errors import ResQError
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 2048, 8192)
 # All copies of a weight together: several times the L2 cache of an H200 (50 MB).
 POOL_BYTES = 256 << 20
+# A graph is about as long as this, and between one and so many calls.
+GRAPH_SECONDS = 2e-3
 GRAPH_CALLS = 24
+# Engines compute the logits of a sequence's last token alone.
+HEAD_TOKENS = 256
 NO_GPU = 2
 
 
@@ -80,8 +84,8 @@ def fraction(ceilings: Mapping[str, float], arithmetic: str, weight_bytes: int, 
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-def captured(calls: Sequence[Callable[[], torch.Tensor]], length: int) -> Callable[[], float]:
-    """A CUDA graph of `length` calls in rotation; a turn replays it and returns calls a second."""
+def captured(calls: Sequence[Callable[[], torch.Tensor]]) -> Callable[[], float]:
+    """A CUDA graph of calls in rotation, each copy of the weight at least once; a turn replays it: calls a second."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -89,6 +93,7 @@ def captured(calls: Sequence[Callable[[], torch.Tensor]], length: int) -> Callab
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    length = max(len(calls), min(GRAPH_CALLS, int(GRAPH_SECONDS / seconds_of(calls[0], 3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index in range(length):
@@ -118,7 +123,7 @@ def measure_cell(
     for name, build in builds.items():
         copies = max(1, math.ceil(POOL_BYTES / sizes[name]))
         calls = list(itertools.islice(build(x), copies))
-        turns[name] = captured(calls, max(copies, GRAPH_CALLS))
+        turns[name] = captured(calls)
     return interleave(turns, rounds, "bf16")
 
 
@@ -194,6 +199,8 @@ def main(
         sizes = {name: known[name].weight_bytes(shape) for name in builds}
         plan = shape.plan()
         for count in tokens or TOKENS:
+            if shape.site == "head" and count > HEAD_TOKENS:
+                continue
             x = torch.randn(count, shape.columns, device="cuda", dtype=torch.bfloat16)
             measured = measure_cell(builds, sizes, x, rounds)
             kernel = cuda_kernel(count, shape.outputs, plan.flat_segments(), plan.group_bits, 4)
@@ -215,12 +222,14 @@ def main(
                     }
                 )
             torch.cuda.empty_cache()
+        if json_file is not None:  # after every layer: a run that is cut off leaves what it measured
+            device = {"name": properties.name, "processors": properties.multi_processor_count}
+            write_report(
+                json_file, rows, device=device, ceilings=ceilings, unavailable=unavailable, pool_bytes=POOL_BYTES
+            )
     console.print(table(rows))
     for name, sentence in unavailable.items():
         console.print(f"{name} is not measured: {sentence}", highlight=False)
-    if json_file is not None:
-        device = {"name": properties.name, "processors": properties.multi_processor_count}
-        write_report(json_file, rows, device=device, ceilings=ceilings, unavailable=unavailable, pool_bytes=POOL_BYTES)
 
 
 if __name__ == "__main__":
