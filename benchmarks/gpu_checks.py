@@ -8,18 +8,11 @@ import torch
 
 from benchmarks.gpu_contenders import OurWeight, Shape
 from resq_vllm import ops, reference
-from resq_vllm.quantized_linear import KERNELS, linear_integer, linear_quantized
+from resq_vllm.quantized_linear import KERNELS, linear_integer, linear_quantized, runs_on
 
 # (site, N, K): edges of tiles, every kind of plan.
 SHAPES = (("qkv", 272, 1024), ("o", 150, 1024), ("down", 130, 2048), ("head", 257, 512), ("gate_up", 4096, 4096))
 TOKENS = (1, 7, 16, 33, 130, 300)
-
-
-def runs_on(kernel: str, major: int, site: str) -> bool:
-    """Whether a chip of compute capability ``major``.x has the kernel's instructions, and the site fits them."""
-    if kernel.startswith("wgmma"):
-        return major == 9
-    return not kernel.endswith("s4") or (major == 8 and site != "o")
 
 
 def cases(major: int) -> Iterator[tuple[str, int, int, int, int]]:
@@ -27,7 +20,7 @@ def cases(major: int) -> Iterator[tuple[str, int, int, int, int]]:
     seed = 0
     for kernel, (most, splits) in KERNELS.items():
         for shape in range(len(SHAPES)):
-            if not runs_on(kernel, major, SHAPES[shape][0]):
+            if not runs_on(kernel, major, Shape("check", *SHAPES[shape]).plan()):
                 continue
             for tokens in TOKENS:
                 if most and tokens > most:

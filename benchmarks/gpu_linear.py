@@ -117,14 +117,21 @@ def seconds_of_replay(graph: torch.cuda.CUDAGraph) -> float:
 
 def measure_cell(
     builds: Mapping[str, Callable[[torch.Tensor], Any]], sizes: Mapping[str, int], x: torch.Tensor, rounds: int
-) -> Comparison:
-    """All contenders for one input x [M, K]; `sizes`: bytes of one copy of each one's weight."""
-    turns = {}
+) -> tuple[Comparison, dict[str, str]]:
+    """All contenders for one input x [M, K], and why some of the others' refuse it.
+
+    sizes: bytes of one copy of each one's weight. Raises RuntimeError when one of ours, or bf16, refuses.
+    """
+    turns, refused = {}, {}
     for name, build in builds.items():
         copies = max(1, math.ceil(POOL_BYTES / sizes[name]))
-        calls = list(itertools.islice(build(x), copies))
-        turns[name] = captured(calls)
-    return interleave(turns, rounds, "bf16")
+        try:
+            turns[name] = captured(list(itertools.islice(build(x), copies)))
+        except RuntimeError as error:
+            if name == "bf16" or name.startswith("resq"):
+                raise
+            refused[name] = str(error).partition("\n")[0]
+    return interleave(turns, rounds, "bf16"), refused
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -202,9 +209,10 @@ def main(
             if shape.site == "head" and count > HEAD_TOKENS:
                 continue
             x = torch.randn(count, shape.columns, device="cuda", dtype=torch.bfloat16)
-            measured = measure_cell(builds, sizes, x, rounds)
+            measured, refused = measure_cell(builds, sizes, x, rounds)
+            unavailable |= {f"{name} ({shape.name}, M = {count})": why for name, why in refused.items()}
             kernel = cuda_kernel(count, shape.outputs, plan.flat_segments(), plan.group_bits, 4)
-            for name in builds:
+            for name in measured.rounds:
                 seconds, work = 1 / measured.median(name), 2.0 * count * shape.outputs * shape.columns
                 rows.append(
                     {

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu_checks import SHAPES, cases, expected, runs_on
+from benchmarks.gpu_checks import SHAPES, cases, expected
 from benchmarks.gpu_contenders import LLAMA_8B, LLAMA_70B, OurWeight, Shape, contenders, our_bytes
 from benchmarks.gpu_linear import fraction, table
 from resq_vllm import ops
-from resq_vllm.quantized_linear import KERNELS
+from resq_vllm.quantized_linear import KERNELS, runs_on
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,7 +45,11 @@ def test_fraction_is_of_the_slower_ceiling() -> None:
 @pytest.mark.parametrize("major", [8, 9, 12])
 def test_checks_run_every_kernel_of_the_chip_on_every_site(major: int) -> None:
     seen = {(kernel, SHAPES[shape][0]) for kernel, _, _, shape, _ in cases(major)}
-    assert seen == {(k, site) for k in KERNELS for site, *_ in SHAPES if runs_on(k, major, site)}
+    assert seen == {(k, s[0]) for k in KERNELS for s in SHAPES if runs_on(k, major, Shape("", *s).plan())}
+    assert any(kernel.startswith("wgmma") for kernel, _ in seen) == (major == 9)
+    assert ({site for kernel, site in seen if kernel.endswith("s4")} == {"qkv", "down", "head", "gate_up"}) == (
+        major == 8
+    )
 
 
 @pytest.mark.parametrize("site", ["qkv", "o", "down", "head"])
