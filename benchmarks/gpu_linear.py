@@ -84,8 +84,11 @@ def fraction(ceilings: Mapping[str, float], arithmetic: str, weight_bytes: int, 
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-def captured(calls: Sequence[Callable[[], torch.Tensor]]) -> Callable[[], float]:
-    """A CUDA graph of calls in rotation, each copy of the weight at least once; a turn replays it: calls a second."""
+def captured(calls: Sequence[Callable[[], object]], length: int = 0) -> Callable[[], float]:
+    """A CUDA graph of `length` calls in rotation; a turn replays it and returns calls a second.
+
+    length 0: about GRAPH_SECONDS, at most GRAPH_CALLS, but every call once.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -93,7 +96,7 @@ def captured(calls: Sequence[Callable[[], torch.Tensor]]) -> Callable[[], float]
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    length = max(len(calls), min(GRAPH_CALLS, int(GRAPH_SECONDS / seconds_of(calls[0], 3))))
+    length = length or max(len(calls), min(GRAPH_CALLS, int(GRAPH_SECONDS / seconds_of(calls[0], 3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index in range(length):
