@@ -7,19 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu_contenders import OurWeight, Shape
-from resq_vllm import reference
-from resq_vllm.quantized_linear import KERNELS, linear_integer, linear_quantized
+from resq_vllm import ops, reference
+from resq_vllm.quantized_linear import KERNELS, linear_integer, linear_quantized, runs_on
 
 # (site, N, K): edges of tiles, every kind of plan.
 SHAPES = (("qkv", 272, 1024), ("o", 150, 1024), ("down", 130, 2048), ("head", 257, 512), ("gate_up", 4096, 4096))
 TOKENS = (1, 7, 16, 33, 130, 300)
-
-
-def runs_on(kernel: str, major: int, site: str) -> bool:
-    """Whether a chip of compute capability ``major``.x has the kernel's instructions, and the site fits them."""
-    if kernel.startswith("wgmma"):
-        return major == 9
-    return not kernel.endswith("s4") or (major == 8 and site != "o")
 
 
 def cases(major: int) -> Iterator[tuple[str, int, int, int, int]]:
@@ -27,7 +20,7 @@ def cases(major: int) -> Iterator[tuple[str, int, int, int, int]]:
     seed = 0
     for kernel, (most, splits) in KERNELS.items():
         for shape in range(len(SHAPES)):
-            if not runs_on(kernel, major, SHAPES[shape][0]):
+            if not runs_on(kernel, major, Shape("check", *SHAPES[shape]).plan()):
                 continue
             for tokens in TOKENS:
                 if most and tokens > most:
@@ -38,14 +31,17 @@ def cases(major: int) -> Iterator[tuple[str, int, int, int, int]]:
 
 
 def expected(weight: OurWeight, quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor], x: torch.Tensor) -> tuple:
-    """Integers and y of the reference, from x's own codes in column order."""
-    codes, scale, zero = torch.ops.resq.quantize_activation(x, weight.segments, weight.group_bits, 0, None)
+    """Integers and y of the reference, from x's own codes in column order, on x's device.
+
+    The reference multiplies in float64, where sums of these integers are exact on every device.
+    """
+    codes, scale, zero = ops.quantize_activation(x, weight.segments, weight.group_bits)
     assert torch.equal(scale, quantized[1]), "quantize_pack and quantize_activation disagree about scales"
     assert torch.equal(zero, quantized[2]), "quantize_pack and quantize_activation disagree about zero points"
-    integers = reference.linear_integer(codes.cpu(), zero.cpu(), weight.low.cpu(), weight.high.cpu(), weight.plan)
-    y = torch.zeros(len(x), weight.shape.outputs)
+    integers = reference.linear_integer(codes, zero, weight.low, weight.high, weight.plan)
+    y = torch.zeros(len(x), weight.shape.outputs, device=x.device)
     for run, integer in zip(weight.plan.runs, integers, strict=True):
-        y = y + integer.float() * (scale.cpu()[:, run.group : run.group + 1] * weight.scales.cpu()[run.scale_row])
+        y = y + integer.float() * (scale[:, run.group : run.group + 1] * weight.scales[run.scale_row])
     return integers, y.to(x.dtype)
 
 
@@ -66,10 +62,10 @@ def failures(major: int) -> list[str]:
         plan = (weight.shape.outputs, weight.segments, weight.group_bits)
         ours = linear_quantized(quantized, *own, None, *plan, torch.bfloat16, kernel=kernel, splits=splits)
         exact = linear_integer(quantized, *own, *plan, len(weight.plan.runs), kernel=kernel, splits=splits)
-        differing = int((exact.cpu() != integers).sum())
-        if differing or not torch.equal(ours.cpu(), y):
+        differing = int((exact != integers).sum())
+        if differing or not torch.equal(ours, y):
             wrong.append(
                 f"{kernel} x{splits}, {SHAPES[index]}, M = {tokens}: {differing} integers and "
-                f"{int((ours.cpu() != y).sum())} outputs differ"
+                f"{int((ours != y).sum())} outputs differ"
             )
     return wrong

@@ -20,11 +20,17 @@ from rich.table import Table
 
 from benchmarks.pairs import Comparison, interleave
 from benchmarks.report import rounded, wide_console, write_report
+from resq_vllm import cuda
+from resq_vllm.errors import ResQError
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 2048, 8192)
 # All copies of a weight together: several times the L2 cache of an H200 (50 MB).
 POOL_BYTES = 256 << 20
+# A graph is about as long as this, and between one and so many calls.
+GRAPH_SECONDS = 2e-3
 GRAPH_CALLS = 24
+# Engines compute the logits of a sequence's last token alone.
+HEAD_TOKENS = 256
 NO_GPU = 2
 
 
@@ -33,11 +39,9 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "benchmarks.gpu_linear needs an NVIDIA GPU of compute capability 8.0 or later, and torch sees none here."
     try:
-        from resq_vllm import _C_cuda  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError as error:
-        return (
-            f"the CUDA kernels resq_vllm/_C_cuda.abi3.so cannot be loaded ({error}); build them on a machine with nvcc."
-        )
+        cuda.require(torch.cuda.current_device())
+    except ResQError as error:
+        return str(error)
     return None
 
 
@@ -80,8 +84,11 @@ def fraction(ceilings: Mapping[str, float], arithmetic: str, weight_bytes: int, 
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-def captured(calls: Sequence[Callable[[], torch.Tensor]], length: int) -> Callable[[], float]:
-    """A CUDA graph of `length` calls in rotation; a turn replays it and returns calls a second."""
+def captured(calls: Sequence[Callable[[], object]], length: int = 0) -> Callable[[], float]:
+    """A CUDA graph of `length` calls in rotation; a turn replays it and returns calls a second.
+
+    length 0: about GRAPH_SECONDS, at most GRAPH_CALLS, but every call once.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -89,6 +96,7 @@ def captured(calls: Sequence[Callable[[], torch.Tensor]], length: int) -> Callab
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    length = length or max(len(calls), min(GRAPH_CALLS, int(GRAPH_SECONDS / seconds_of(calls[0], 3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index in range(length):
@@ -112,14 +120,21 @@ def seconds_of_replay(graph: torch.cuda.CUDAGraph) -> float:
 
 def measure_cell(
     builds: Mapping[str, Callable[[torch.Tensor], Any]], sizes: Mapping[str, int], x: torch.Tensor, rounds: int
-) -> Comparison:
-    """All contenders for one input x [M, K]; `sizes`: bytes of one copy of each one's weight."""
-    turns = {}
+) -> tuple[Comparison, dict[str, str]]:
+    """All contenders for one input x [M, K], and why some of the others' refuse it.
+
+    sizes: bytes of one copy of each one's weight. Raises RuntimeError when one of ours, or bf16, refuses.
+    """
+    turns, refused = {}, {}
     for name, build in builds.items():
         copies = max(1, math.ceil(POOL_BYTES / sizes[name]))
-        calls = list(itertools.islice(build(x), copies))
-        turns[name] = captured(calls, max(copies, GRAPH_CALLS))
-    return interleave(turns, rounds, "bf16")
+        try:
+            turns[name] = captured(list(itertools.islice(build(x), copies)))
+        except RuntimeError as error:
+            if name == "bf16" or name.startswith("resq"):
+                raise
+            refused[name] = str(error).partition("\n")[0]
+    return interleave(turns, rounds, "bf16"), refused
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -194,10 +209,13 @@ def main(
         sizes = {name: known[name].weight_bytes(shape) for name in builds}
         plan = shape.plan()
         for count in tokens or TOKENS:
+            if shape.site == "head" and count > HEAD_TOKENS:
+                continue
             x = torch.randn(count, shape.columns, device="cuda", dtype=torch.bfloat16)
-            measured = measure_cell(builds, sizes, x, rounds)
+            measured, refused = measure_cell(builds, sizes, x, rounds)
+            unavailable |= {f"{name} ({shape.name}, M = {count})": why for name, why in refused.items()}
             kernel = cuda_kernel(count, shape.outputs, plan.flat_segments(), plan.group_bits, 4)
-            for name in builds:
+            for name in measured.rounds:
                 seconds, work = 1 / measured.median(name), 2.0 * count * shape.outputs * shape.columns
                 rows.append(
                     {
@@ -215,12 +233,14 @@ def main(
                     }
                 )
             torch.cuda.empty_cache()
+        if json_file is not None:  # after every layer: a run that is cut off leaves what it measured
+            device = {"name": properties.name, "processors": properties.multi_processor_count}
+            write_report(
+                json_file, rows, device=device, ceilings=ceilings, unavailable=unavailable, pool_bytes=POOL_BYTES
+            )
     console.print(table(rows))
     for name, sentence in unavailable.items():
         console.print(f"{name} is not measured: {sentence}", highlight=False)
-    if json_file is not None:
-        device = {"name": properties.name, "processors": properties.multi_processor_count}
-        write_report(json_file, rows, device=device, ceilings=ceilings, unavailable=unavailable, pool_bytes=POOL_BYTES)
 
 
 if __name__ == "__main__":

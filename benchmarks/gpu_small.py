@@ -10,6 +10,7 @@ from resq_vllm import fused, ops
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.hadamard import hadamard_matrix
+from resq_vllm.quantized_linear import KERNELS, linear_quantized, runs_on
 
 PLANS = {
     "qkv": linear_plan(LinearSite(low=224, high=32), 256, 64),
@@ -47,6 +48,12 @@ def run(plan: LinearPlan, tokens: int, outputs: int) -> None:
     packed, sums = ops.pack_weight(codes, bytes_, 4, outputs, segments)
     scales = torch.rand(plan.scale_rows, outputs, device="cuda")
     ops.linear(x, packed, scales, sums, random(outputs), outputs, segments, bits, plan.hadamard_groups, dense)
+    quantized = fused.quantize_pack(x, segments, bits, plan.hadamard_groups, dense)
+    major = torch.cuda.get_device_capability()[0]
+    for kernel, (most, splits) in KERNELS.items():
+        if runs_on(kernel, major, plan) and (not most or tokens <= most):
+            tail = (packed, scales, sums, None, outputs, segments, bits, torch.bfloat16, 0, kernel, 2 if splits else 1)
+            linear_quantized(quantized, *tail)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import torch
 
 from resq_vllm import cuda
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.plan import LinearPlan, Segment
+from resq_vllm.formats.plan import LinearPlan, Run, Segment
 
 try:
     from resq_vllm import _C  # type: ignore[attr-defined]  # noqa: F401  (loading the library registers the ops)
@@ -195,6 +195,12 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], n))
 
 
+def _cuda_packed_bytes(runs: Sequence[Run], bits: tuple[int, int], n: int) -> int:
+    """csrc/cuda/weights.h: a table of runs of 32 bytes, then 512 bytes per 16 channels and 64 (4 bit) or 32 columns."""
+    blocks = sum(-(-run.length // (256 // bits[run.part])) for run in runs)
+    return -(-32 * len(runs) // 512) * 512 + -(-n // 16) * blocks * 512
+
+
 @torch.library.register_fake("resq::pack_weight")
 def _pack_weight_fake(
     low: torch.Tensor | None,
@@ -209,6 +215,9 @@ def _pack_weight_fake(
     bits = (low_bits, 8)
     triples = zip(segments[0::3], segments[1::3], segments[2::3], strict=True)
     runs = LinearPlan(tuple(Segment(*triple) for triple in triples), (), weight_group=weight_group).runs
+    if like.device.type == "cuda":
+        packed = like.new_empty((_cuda_packed_bytes(runs, bits, n),), dtype=torch.uint8)
+        return packed, like.new_empty((len(runs), n), dtype=torch.int32)
     superblock = sum(
         _SUPERBLOCK_COLUMNS * (-(-run.length // _RUN_MULTIPLE) * _RUN_MULTIPLE) * bits[run.part] // 8 for run in runs
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from resq_vllm import ops  # noqa: F401  (registers the ops)
+from resq_vllm.formats.plan import HIGH, LinearPlan
 
 # The kernels of csrc/cuda/gemm_table.h: the most tokens they take (0: any number), and whether CTAs may share a tile.
 KERNELS = {
@@ -28,6 +29,14 @@ KERNELS = {
     "wgmma_m64_n128": (0, False),
     "wgmma_m128_n128": (0, False),
 }
+
+
+def runs_on(kernel: str, major: int, plan: LinearPlan) -> bool:
+    """Whether a chip of compute capability ``major``.x has the kernel's instructions, and the plan's codes fit them."""
+    if kernel.startswith("wgmma"):
+        return major == 9
+    four_bits = all(run.part == HIGH or plan.group_bits[run.group] == 4 for run in plan.runs)
+    return not kernel.endswith("s4") or (major == 8 and four_bits)
 
 
 def linear_quantized(

@@ -40,6 +40,11 @@ template <class T>
 RESQ_DEVICE T load(const T* p) {
   return __ldg(p);
 }
+// What the kernel before wrote: not through the read-only path, whose loads may move above wait_for_previous_kernel.
+template <class T>
+RESQ_DEVICE T load_written(const T* p) {
+  return *p;
+}
 template <class T>
 RESQ_DEVICE void store(T* p, T v) {
   *p = v;

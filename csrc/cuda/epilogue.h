@@ -43,7 +43,8 @@ struct TokenFactors {
 RESQ_DEVICE TokenFactors token_factors(const GemmArgs& a, int group, int token) {
   const int64_t last = a.m - 1, first = token < last ? token : last, second = token + 1 < last ? token + 1 : last;
   const int64_t at0 = first * a.groups + group, at1 = second * a.groups + group;
-  return {{load(a.x_scale + at0), load(a.x_scale + at1)}, {load(a.x_zero + at0), load(a.x_zero + at1)}};
+  return {{load_written(a.x_scale + at0), load_written(a.x_scale + at1)},
+          {load_written(a.x_zero + at0), load_written(a.x_zero + at1)}};
 }
 
 // y += float(I_r) * (x_scale * weight_scale), for a quad. With args.raw_run = r: y's bits are I_r.

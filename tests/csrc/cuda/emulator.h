@@ -387,6 +387,10 @@ T load(const T* p) {
   return *p;
 }
 template <class T>
+T load_written(const T* p) {
+  return load(p);
+}
+template <class T>
 void store(T* p, T v) {
   emulator::check_global(p, sizeof(T));
   *p = v;

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resq_vllm import ops
 from resq_vllm.formats.plan import LinearPlan, Segment
 from resq_vllm.quantized_linear import KERNELS
 from tests.csrc.cuda.support import Layer, emulation
@@ -64,6 +65,15 @@ def test_packed_weights_unpack_to_the_checkpoints(low_bits: int, outputs: int) -
         first += -(-run.length // width)
     assert first == blocks
     assert not body[~seen].any(), "padding is not 0"
+
+
+@pytest.mark.parametrize("low_bits", [4, 8])
+@pytest.mark.parametrize("outputs", [1, 16, 37])
+def test_python_knows_the_size_of_the_packed_weight(low_bits: int, outputs: int) -> None:
+    plan = LinearPlan(tuple(Segment(40, part, group) for group, part in enumerate((0, 1) * 10)), (8,) * 20)
+    layer = Layer(plan, 1, outputs, low_bits)
+    layer.problem()
+    assert ops._cuda_packed_bytes(plan.runs, (low_bits, 8), outputs) == layer.packed.numel()
 
 
 @settings(deadline=None, max_examples=200)
