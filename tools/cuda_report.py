@@ -1,9 +1,9 @@
 """What nvcc made of the CUDA kernels, against csrc/cuda/limits.json: registers, spills and tensor-core instructions.
 
 `python -m tools.cuda_report` checks the objects of the last build and prints what is wrong; with
-`--record quantize hadamard` it writes these files' registers as the new limits. The registers are ptxas's own report, kept
-beside every object. No kernel of any file may spill; registers are limited in the files that are recorded (those of the
-GEMMs in their own test).
+`--record quantize hadamard` it writes these files' registers as the new limits. The registers are ptxas's own report,
+kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded (those of
+the GEMMs in their own test).
 """
 
 from __future__ import annotations
