@@ -7,6 +7,7 @@ rotation through more memory than the L2 cache holds.
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -75,7 +76,7 @@ def down_contenders(columns: int) -> dict[str, Contender]:
         "hadamard": lambda x: ops.hadamard(x[:, :columns].contiguous(), 8, dense),
     }
     try:
-        from fast_hadamard_transform import hadamard_transform
+        hadamard_transform = importlib.import_module("fast_hadamard_transform").hadamard_transform
     except ImportError:
         print("fast_hadamard_transform is not installed, and not measured", file=sys.stderr)
     else:

@@ -47,12 +47,11 @@ def load() -> tuple[ModuleType | None, str]:
 @cache
 def require(index: int) -> None:
     """Raise ResQError with one sentence when the kernels cannot run on CUDA device ``index``."""
+    name = torch.cuda.get_device_name(index)
     module, reason = load()
-    machine = Machine(
-        torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), torch._C._cuda_getDriverVersion()
-    )
     if module is None:
-        raise ResQError(f"{machine.name}: {reason}")
+        raise ResQError(f"{name}: {reason}")
+    machine = Machine(name, torch.cuda.get_device_capability(index), module.driver_version())
     found = problem(machine, module.archs.split(), module.runtime_version)
     if found:
         raise ResQError(found)

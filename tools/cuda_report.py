@@ -2,8 +2,8 @@
 
 `python -m tools.cuda_report` checks the objects of the last build and prints what is wrong; with
 `--record quantize hadamard` it writes these files' registers as the new limits. The registers are ptxas's own report,
-kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded (those of
-the GEMMs in their own test).
+kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded (those
+of the GEMMs in their own test).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def instructions(object_file: Path, arch: str) -> str:
     tool = cuobjdump()
     assert tool is not None
     environment = {"PATH": f"{tool.parent}:/usr/bin:/bin"}
-    command = [tool, "-sass", "-arch", arch, object_file]
+    command = [str(tool), "-sass", "-arch", arch, str(object_file)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 

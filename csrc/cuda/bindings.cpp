@@ -5,8 +5,12 @@
 
 #include "launch.h"
 
+static PyObject* driver_version(PyObject*, PyObject*) { return PyLong_FromLong(resq::cuda::driver_version()); }
+
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C_cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr,
+  static PyMethodDef methods[] = {{"driver_version", driver_version, METH_NOARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, methods,
                                nullptr, nullptr, nullptr, nullptr};
   PyObject* m = PyModule_Create(&module);
   if (!m) return nullptr;

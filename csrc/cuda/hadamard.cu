@@ -18,6 +18,11 @@ const char* run(const QuantizeArgs& args, cudaStream_t stream) {
 
 int runtime_version() { return CUDART_VERSION; }
 
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;

@@ -12,6 +12,9 @@ namespace resq::cuda {
 // The CUDA runtime that this library was linked with, as 1000·major + 10·minor.
 int runtime_version();
 
+// The newest CUDA version that the installed driver supports, in the same form; 0 without a driver.
+int driver_version();
+
 // Largest dynamic shared memory a CTA of the current device may ask for, bytes.
 int64_t shared_memory_limit();
 

@@ -52,11 +52,10 @@ def test_without_cuda_in_torch_nothing_is_loaded() -> None:
 
 
 def test_a_layer_on_an_unfit_gpu_is_refused_with_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = SimpleNamespace(archs="sm_80", runtime_version=13000)
+    built = SimpleNamespace(archs="sm_80", runtime_version=13000, driver_version=lambda: 13000)
     monkeypatch.setattr(cuda, "load", lambda: (built, ""))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     cuda.require.cache_clear()
     with pytest.raises(ResQError, match=r"GPU 3 \(compute capability 9.0\) cannot run the CUDA kernels of this build"):
         kernels_of(torch.device("cuda", 3))
