@@ -14,8 +14,6 @@ wheelhouse=${1:-}
 out=${OUT:-results/gpu-$(date +%Y-%m-%dT%H-%M)}
 deadline=$((SECONDS + 465))
 failed=0
-mkdir -p "$out"
-rm -f "$out/steps.tsv"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 # step NAME SECONDS COMMAND...: runs it with at most so many seconds, within the script's own limit.
@@ -36,10 +34,13 @@ step() {
   echo "$name: status $status after $((SECONDS - started)) s ($(tail -n 1 "$out/$name.log" | cut -c 1-120))"
 }
 
-if ! nvidia-smi -L >"$out/gpu.txt" 2>&1; then
+if ! nvidia-smi -L >/dev/null 2>&1; then
   echo "gpu_check.sh needs an NVIDIA GPU, and nvidia-smi lists none here." >&2
   exit 2
 fi
+mkdir -p "$out"
+rm -f "$out/steps.tsv"
+nvidia-smi -L >"$out/gpu.txt"
 nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.max.sm,memory.total --format=csv,noheader >>"$out/gpu.txt"
 git log -1 --format=%H >"$out/commit.txt" 2>/dev/null
 
