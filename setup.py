@@ -1,4 +1,7 @@
-"""Builds resq_vllm/_C.abi3.so: the CPU kernels and their bindings to torch's stable ABI (metadata: pyproject.toml)."""
+"""Builds resq_vllm/_C.abi3.so: the CPU kernels and their bindings to torch's stable ABI (metadata: pyproject.toml).
+
+Where nvcc is found, also resq_vllm/_C_cuda.abi3.so with the CUDA kernels (tools/cuda_build.py).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # isolated builds run this file without its folder
+
+from tools import cuda_build  # noqa: E402
+
+CUDA_MODULE = "resq_vllm._C_cuda"
 # torch 2.10: the oldest release whose stable ABI has everything the bindings use.
 TORCH_TARGET = "0x020a000000000000"
 
@@ -36,8 +44,23 @@ def torch_folder() -> Path:
 class BuildKernels(build_ext):
     """setuptools' build_ext with one compiler process per source file and core."""
 
+    def run(self) -> None:
+        if cuda_build.wanted() and all(ext.name != CUDA_MODULE for ext in self.extensions):
+            print(
+                "resq-vllm: nvcc was not found, the CUDA kernels are left out (CUDA_HOME names a toolkit, RESQ_CUDA=0 "
+                "leaves them out on purpose)",
+                file=sys.stderr,
+            )
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         torch = torch_folder()
+        if ext.name == CUDA_MODULE:
+            try:
+                cuda_build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), torch)
+            except cuda_build.CudaBuildError as error:
+                sys.exit(f"resq-vllm: {error}")
+            return
         ext.include_dirs = [str(torch / "include")]
         ext.library_dirs = [str(torch / "lib")]
         compile_one = self.compiler.compile
@@ -58,12 +81,22 @@ def sources() -> list[str]:
     return sorted(map(str, files), key=lambda name: ("kernels_" not in name, name))
 
 
+def cuda_extensions() -> list[Extension]:
+    """The CUDA library, where it is wanted and nvcc is there."""
+    if not cuda_build.wanted() or cuda_build.find_nvcc() is None:
+        return []
+    files = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
+    return [Extension(CUDA_MODULE, sources=[str(path.relative_to(ROOT)) for path in files], py_limited_api=True)]
+
+
 setup(
     ext_modules=[
         Extension(
             "resq_vllm._C",
             sources=sources(),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+            depends=sorted(
+                str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h") if "cuda" not in path.parts
+            ),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
             extra_compile_args=[
                 "-O3",
@@ -79,7 +112,8 @@ setup(
             extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"],
             language="c++",
             py_limited_api=True,
-        )
+        ),
+        *cuda_extensions(),
     ],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

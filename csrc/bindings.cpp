@@ -26,6 +26,24 @@ STABLE_TORCH_LIBRARY(resq, m) {
   m.def(
       "quantize_activation(Tensor x, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k) -> "
       "(Tensor, Tensor, Tensor)");
+  // The three below are implemented in resq_vllm/fused.py for the CPU and in cuda/op_quantize.cpp.
+  m.def(
+      "quantize_pack(Tensor x, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k, "
+      "int weight_group=0, bool nibbles=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon, int[] segments, "
+      "int[] group_bits, int weight_group=0, bool nibbles=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "silu_mul_quantize(Tensor gate_up, int[] segments, int[] group_bits, int hadamard_groups, Tensor? hadamard_k, "
+      "int weight_group=0, bool nibbles=False) -> (Tensor, Tensor, Tensor)");
+  // linear on codes that one of the three above made; implemented for CUDA. raw_run >= 0: a run's exact integers, as the bits
+  // of a float32 result; kernel, splits: not the table's choice (tests and measurements).
+  m.def(
+      "linear_quantized(Tensor codes, Tensor scale, Tensor zero, Tensor packed, Tensor scales, Tensor wsum, "
+      "Tensor? bias, int n, int[] segments, int[] group_bits, int weight_group, ScalarType dtype, int raw_run=-1, "
+      "str kernel=\"\", int splits=0) -> Tensor");
+  m.def(
+      "cuda_kernel(int device, int m, int n, int[] segments, int[] group_bits, int low_bits, int weight_group=0) -> str");
   m.def("hadamard(Tensor x, int groups, Tensor? hadamard_k) -> Tensor");
   m.def(
       "kv_write(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? rotation, int high, "

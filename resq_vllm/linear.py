@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_vllm import low_rank, ops
+from resq_vllm import cuda, low_rank, ops
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
@@ -111,7 +111,7 @@ class ResQLinearMethod(LinearMethodBase):
         """
         if not hasattr(layer, "resq_loads"):
             return
-        report(self.config)
+        report(self.config, _device(layer))
         plan: LinearPlan = layer.resq_plan
         if layer.resq_dummy:
             _fill_dummy(layer, plan)
@@ -120,7 +120,7 @@ class ResQLinearMethod(LinearMethodBase):
         low, high = _take(layer, "weight_low"), _take(layer, "weight_high")
         scales = [_take(layer, "weight_low_scale"), _take(layer, "weight_high_scale")]
         outputs = next(s.shape[0] for s in scales if s is not None)
-        segments = plan.flat_segments()
+        layer.resq_segments = segments = plan.flat_segments()
         packed, sums = ops.pack_weight(low, high, self.site.weight_low_bits, outputs, segments, plan.weight_group)
         layer.resq_plan_tensor = ops.plan_tensor(segments, plan.group_bits, plan.hadamard_groups, plan.weight_group)
         low_scale, high_scale = (torch.zeros(outputs, device=packed.device) if s is None else s for s in scales)
@@ -137,15 +137,14 @@ class ResQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op, then A and B."""
-        y = ops.linear_planned(
-            x,
-            layer.packed_weight,
-            layer.weight_scales,
-            layer.weight_sums,
-            bias,
-            layer.resq_plan_tensor,
-            layer.hadamard_k,
-        )
+        weight = layer.packed_weight, layer.weight_scales, layer.weight_sums
+        if x.device.type == "cpu":
+            y = ops.linear_planned(x, *weight, bias, layer.resq_plan_tensor, layer.hadamard_k)
+        else:
+            # A plan on the CPU would keep the layer out of CUDA graphs.
+            plan: LinearPlan = layer.resq_plan
+            lists, n = (layer.resq_segments, plan.group_bits), layer.weight_scales.shape[1]
+            y = ops.linear(x, *weight, bias, n, *lists, plan.hadamard_groups, layer.hadamard_k, plan.weight_group)
         return y if layer.low_rank_a is None else y + (x @ layer.low_rank_a) @ layer.low_rank_b
 
 
@@ -208,6 +207,11 @@ def _register(layer: LinearBase, loads: _Loads, name: str, data: torch.Tensor) -
     layer.register_parameter(name, parameter)
 
 
+def _device(layer: LinearBase) -> torch.device:
+    """Where the layer's checkpoint tensors were put."""
+    return next(p.device for name in ("weight_low", "weight_high") if (p := getattr(layer, name, None)) is not None)
+
+
 def _take(layer: LinearBase, name: str) -> torch.Tensor | None:
     """Remove parameter ``name`` from the layer and return its tensor (None where the part has no columns)."""
     if not hasattr(layer, name):
@@ -234,11 +238,26 @@ def _fill_dummy(layer: LinearBase, plan: LinearPlan) -> None:
             getattr(layer, f"{name}_scale").data.fill_(12**0.5 / 2**bits / plan.columns**0.5)
 
 
-def report(config: ResQConfig) -> None:
+def kernels_of(device: torch.device) -> str:
+    """What the start-up line says of the kernels for weights on ``device``.
+
+    Raises ResQError with one sentence where the device is a GPU that the CUDA kernels of this build cannot run on.
+    """
+    if device.type != "cuda":
+        return f"CPU kernels {ops.isa()}"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    cuda.require(index)
+    # A linear's two launches, quantization and GEMM, are its own op. vLLM's models call norm and activation as layers
+    # of their own; taking them in (resq_vllm.fused) needs a rewritten graph.
+    return f"CUDA kernels on {torch.cuda.get_device_name(index)}; RMSNorm and SiLU·mul not fused into quantization"
+
+
+def report(config: ResQConfig, device: torch.device) -> None:
     """The start-up line, once a process and on rank 0: kernels, bits of linears and lm_head, size of the KV cache."""
+    kernels = kernels_of(device)
     if get_tensor_model_parallel_rank() == 0:
         from resq_vllm.kv_cache import describe
 
         # Not every pipeline stage has lm_head.
         head = f" lm_head {config.lm_head};" if config.lm_head else ""
-        log_once(logging.INFO, f"ResQ: CPU kernels {ops.isa()}; linear {config.linear_bits};{head} {describe(config)}")
+        log_once(logging.INFO, f"ResQ: {kernels}; linear {config.linear_bits};{head} {describe(config)}")

@@ -2,7 +2,8 @@
 
 Importing this module registers ``torch.ops.resq.*``. The specification of every op is its namesake in
 ``resq_vllm.reference``; the formats are ``resq_vllm.formats``. Symbols: M tokens, K input columns, N outputs, G
-activation groups, R runs, T tokens, hd head_dim. All tensors live on one device; today's kernels are for the CPU.
+activation groups, R runs, T tokens, hd head_dim. All tensors live on one device; which ops have CUDA kernels is in
+``csrc/cuda/README.md`` (``resq_vllm.cuda`` loads them).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
+from resq_vllm import cuda
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.plan import LinearPlan, Segment
+from resq_vllm.formats.plan import LinearPlan, Run, Segment
 
 try:
     from resq_vllm import _C  # type: ignore[attr-defined]  # noqa: F401  (loading the library registers the ops)
@@ -21,6 +23,8 @@ except ImportError as error:
         f"the compiled kernels resq_vllm/_C.abi3.so cannot be loaded ({error}); build them with "
         "`pip install --no-build-isolation -e .` in this environment"
     ) from error
+
+cuda.load()
 
 # Of the kernels' weight layout (csrc/cpu/kernels.h, csrc/cpu/plan.cpp): needed to size the output of pack_weight.
 _SUPERBLOCK_COLUMNS = 64
@@ -234,6 +238,12 @@ def _linear_planned_fake(
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
+def _cuda_packed_bytes(runs: Sequence[Run], bits: tuple[int, int], n: int) -> int:
+    """csrc/cuda/weights.h: a table of runs of 32 bytes, then 512 bytes per 16 channels and 64 (4 bit) or 32 columns."""
+    blocks = sum(-(-run.length // (256 // bits[run.part])) for run in runs)
+    return -(-32 * len(runs) // 512) * 512 + -(-n // 16) * blocks * 512
+
+
 @torch.library.register_fake("resq::pack_weight")
 def _pack_weight_fake(
     low: torch.Tensor | None,
@@ -248,6 +258,9 @@ def _pack_weight_fake(
     bits = (low_bits, 8)
     triples = zip(segments[0::3], segments[1::3], segments[2::3], strict=True)
     runs = LinearPlan(tuple(Segment(*triple) for triple in triples), (), weight_group=weight_group).runs
+    if like.device.type == "cuda":
+        packed = like.new_empty((_cuda_packed_bytes(runs, bits, n),), dtype=torch.uint8)
+        return packed, like.new_empty((len(runs), n), dtype=torch.int32)
     superblock = sum(
         _SUPERBLOCK_COLUMNS * (-(-run.length // _RUN_MULTIPLE) * _RUN_MULTIPLE) * bits[run.part] // 8 for run in runs
     )

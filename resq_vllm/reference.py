@@ -55,6 +55,26 @@ def block_hadamard(x: torch.Tensor, groups: int) -> torch.Tensor:
     return y.reshape(x.shape) / n**0.5
 
 
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of x + residual (or of x); the sum, the normed row and its product with the weight are rounded in turn.
+
+    x, residual [M, K] and weight [K] of one dtype. Returns the normed row and the sum, both of that dtype.
+    """
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    row = total.float()
+    normed = (row * torch.rsqrt(row.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    return normed * weight, total
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate)·up of gate_up [..., 2K] = [gate | up], both results rounded to its dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    row = gate.float()
+    return torch.div(row, 1 + torch.exp(-row)).to(gate.dtype) * up
+
+
 def quantize_activation(x: torch.Tensor, plan: LinearPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Online Hadamard, then per-token quantization by activation group.
 

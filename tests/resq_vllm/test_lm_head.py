@@ -205,7 +205,7 @@ def test_start_up_line_says_how_the_head_is_kept(
     config.get_quant_method(head_of(config), "lm_head")
     lines: list[tuple[int, str]] = []
     monkeypatch.setattr(linear_module, "log_once", lambda level, message: lines.append((level, message)))
-    linear_module.report(config)
+    linear_module.report(config, torch.device("cpu"))
     assert [level for level, _ in lines] == [logging.INFO]
     assert words in lines[0][1]
 

@@ -1,0 +1,57 @@
+"""What nvcc made of the kernels: no spills, registers as recorded, and the instructions that are meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import cuda_build, cuda_report
+
+pytestmark = pytest.mark.skipif(cuda_build.find_nvcc() is None, reason="nvcc is not here: no CUDA kernels to look at")
+LIMITS = json.loads(cuda_report.LIMITS.read_text())
+CHOSEN = cuda_build.chosen_archs()
+WANTED = [
+    (file, arch)
+    for file, archs in LIMITS["instructions"].items()
+    for arch in archs
+    if arch in cuda_build.for_file(file, CHOSEN)
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the current sources; objects of an earlier build are kept where they are fresh."""
+    target = tmp_path_factory.mktemp("cuda") / "_C_cuda.abi3.so"
+    cuda_build.build(target, Path(torch.__file__).parent)
+    return target
+
+
+def test_registers_and_spills() -> None:
+    assert cuda_report.wrong(cuda_report.usages(), LIMITS["registers"]) == []
+
+
+def test_every_recorded_kernel_is_built() -> None:
+    built = {(u.file, u.kernel) for u in cuda_report.usages() if u.file in LIMITS["registers"]}
+    assert {(file, kernel) for file, kernels in LIMITS["registers"].items() for kernel in kernels} == built
+
+
+@pytest.mark.skipif(cuda_report.cuobjdump() is None, reason="neither Triton's wheel nor a toolkit brings cuobjdump")
+@pytest.mark.parametrize(("file", "arch"), WANTED)
+def test_instructions(file: str, arch: str) -> None:
+    sass = cuda_report.instructions(cuda_build.OBJECTS / f"{file}.cu.o", arch)
+    for instruction in LIMITS["instructions"][file][arch]:
+        assert instruction in sass, f"{file} for {arch} has no {instruction}"
+
+
+def test_a_spill_and_a_new_register_are_told() -> None:
+    usage = cuda_report.Usage("gemm", "kernel<8>", "sm_80", 60, 8)
+    said = cuda_report.wrong([usage], {"gemm": {"kernel<8>": {"sm_80": 56}}})
+    assert said == [
+        "gemm: kernel<8> for sm_80 spills 8 bytes",
+        "gemm: kernel<8> for sm_80 uses 60 registers, more than the recorded 56",
+    ]
+    assert "has no limit" in cuda_report.wrong([usage], {"gemm": {}})[1]
+    assert cuda_report.wrong([usage], {}) == ["gemm: kernel<8> for sm_80 spills 8 bytes"]
