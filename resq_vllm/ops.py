@@ -116,7 +116,9 @@ def plan_tensor(
     segments: Sequence[int], group_bits: Sequence[int], hadamard_groups: int = 0, weight_group: int = 0
 ) -> torch.Tensor:
     """A plan as :func:`linear_planned` takes it: int64, made once a layer."""
-    return torch.tensor([hadamard_groups, weight_group, len(segments), *segments, *group_bits], dtype=torch.int64)
+    return torch.tensor(
+        [hadamard_groups, weight_group, len(segments), *segments, *group_bits], dtype=torch.int64, device="cpu"
+    )
 
 
 def linear_planned(
