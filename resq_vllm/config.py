@@ -219,14 +219,19 @@ class LinearBits:
 
 def require_kernels() -> None:
     """Raise ResQError unless this machine's platform has kernels here and the compiled library loads."""
-    if not current_platform.is_cpu():
-        raise ResQError(
-            f"this build of resq-vllm has CPU kernels only, and vLLM runs on {current_platform.device_name} here: "
-            "serve the checkpoint with vLLM's CPU build"
-        )
-    from resq_vllm import ops
+    from resq_vllm import cuda, ops
 
-    ops.isa()
+    if current_platform.is_cpu():
+        ops.isa()
+        return
+    platform = f"vLLM runs on {current_platform.device_name} here"
+    if not current_platform.is_cuda():
+        raise ResQError(
+            f"{platform}, and resq-vllm has kernels for CPUs and NVIDIA GPUs alone: serve with one of these"
+        )
+    module, reason = cuda.load()
+    if module is None:
+        raise ResQError(f"{platform}, but {reason}")
 
 
 def check_model(metadata: QuantizationMetadata, hf_config: Any, source: str) -> None:

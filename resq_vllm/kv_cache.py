@@ -17,6 +17,7 @@ from resq_vllm.vllm_api import (
     AttentionBackendEnum,
     AttentionType,
     BaseKVCacheMethod,
+    current_platform,
     get_current_vllm_config,
     set_weight_attrs,
 )
@@ -121,6 +122,7 @@ def unsupported(layer: Attention, layout: KVLayout) -> list[str]:
         return [f"layers of type {type(layer).__name__}"]
     impl = layer.impl
     checks = [
+        (not current_platform.is_cpu(), f"{current_platform.device_name} (its kernels are for the CPU)"),
         (layer.attn_type != AttentionType.DECODER, f"{getattr(layer.attn_type, 'value', layer.attn_type)} attention"),
         (layer.head_size != layout.head_dim, f"heads of {layer.head_size} dims (it was made for {layout.head_dim})"),
         (layer.head_size_v != layer.head_size, f"value heads of {layer.head_size_v} dims"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from resq_vllm import config as config_module
+from resq_vllm import cuda
 from resq_vllm.config import SITE_OF_MODULE, LinearBits, ResQConfig, check_model
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import QuantizationMetadata
@@ -167,11 +168,27 @@ def test_front_end_checks_the_model_and_the_kernels() -> None:
         config_of().maybe_update_config("some/model", hf_config=hf_config(head_dim=8))
 
 
+def platform(name: str, cuda: bool) -> SimpleNamespace:
+    return SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: cuda, device_name=name)
+
+
 def test_platform_without_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
-    monkeypatch.setattr(config_module, "current_platform", cuda)
-    with pytest.raises(ResQError, match="has CPU kernels only, and vLLM runs on cuda here"):
+    monkeypatch.setattr(config_module, "current_platform", platform("xpu", False))
+    with pytest.raises(ResQError, match="vLLM runs on xpu here, and resq-vllm has kernels for CPUs and NVIDIA GPUs"):
         config_of().maybe_update_config("some/model", hf_config=hf_config())
+
+
+def test_gpu_without_the_cuda_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "current_platform", platform("cuda", True))
+    monkeypatch.setattr(cuda, "load", lambda: (None, "resq-vllm was built without its CUDA kernels; reinstall it"))
+    with pytest.raises(ResQError, match="vLLM runs on cuda here, but resq-vllm was built without its CUDA kernels"):
+        config_of().maybe_update_config("some/model", hf_config=hf_config())
+
+
+def test_gpu_with_the_cuda_library_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "current_platform", platform("cuda", True))
+    monkeypatch.setattr(cuda, "load", lambda: (config_module, ""))
+    config_of().maybe_update_config("some/model", hf_config=hf_config())
 
 
 def test_missing_library_is_one_sentence_when_a_model_is_loaded() -> None:

@@ -180,6 +180,11 @@ def test_what_the_packed_cache_cannot_do_is_refused(changes: dict[str, Any], rea
         method.create_weights(plain_attention(**changes))
 
 
+def test_gpu_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache_module, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
+    assert unsupported(plain_attention(), LAYOUT) == ["cuda (its kernels are for the CPU)"]
+
+
 def test_other_attention_layers_are_refused() -> None:
     assert unsupported(_Layer(), LAYOUT) == ["layers of type _Layer"]
 

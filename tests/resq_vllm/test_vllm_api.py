@@ -166,6 +166,7 @@ def test_small_functions() -> None:
     assert vllm_api.extract_layer_index("model.layers.7.self_attn.attn") == 7
     assert parameters(vllm_api.get_layers_from_vllm_config)[:2] == ["vllm_config", "layer_type"]
     assert vllm_api.current_platform.is_cpu()
+    assert not vllm_api.current_platform.is_cuda()
     assert vllm_api.AttentionType.DECODER == "decoder"
     assert {"quant_config", "load_config", "cache_config"} <= {f.name for f in fields(vllm_api.VllmConfig)}
     for function in (vllm_api.get_tensor_model_parallel_rank, vllm_api.get_tensor_model_parallel_world_size):
