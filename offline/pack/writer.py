@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from offline.pack.names import INDEX_FILE
 from resq_vllm.errors import ResQError
 
-# A shard is kept in memory until it is full: 1 GiB was the peak of a whole run for the shape of Llama-3.2-1B.
+# A shard is kept in memory until it is full, and once more while it is written.
 DEFAULT_SHARD_BYTES = 1 << 29
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
