@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 
@@ -74,14 +75,26 @@ def test_eight_requests_at_once_equal_one_after_another(server: VLLMServer, prom
 def test_cached_prefix_gives_the_same_answer(server: VLLMServer) -> None:
     client = connect(server.api_url)
     text = HELDOUT_TEXT.read_text(encoding="utf-8")
-    whole_prompts = [text[start : start + 700] for start in range(30_000, 38_000, 1_000)]
-    first = [greedy(client, prompt) for prompt in whole_prompts]
+    prompts = [text[start : start + 700] for start in range(30_000, 38_000, 1_000)]
+    first = [next_token_logprob(client, prompt) for prompt in prompts]
     before = counter(server, "vllm:prefix_cache_hits_total")
-    again = [greedy(client, prompt) for prompt in whole_prompts]
-    assert counter(server, "vllm:prefix_cache_hits_total") - before >= 32 * len(whole_prompts)
-    # The rest of a prompt is few rows, whose context the threads share: sums in another order, as above.
-    assert sum(a == b for a, b in zip(first, again, strict=True)) >= 6
-    assert all(a[:1] == b[:1] for a, b in zip(first, again, strict=True))
+    again = [next_token_logprob(client, prompt) for prompt in prompts]
+    assert counter(server, "vllm:prefix_cache_hits_total") - before >= 32 * len(prompts)
+    # The rest of a prompt is few rows, whose context the threads share: sums in another order, and 4-bit codes that fall
+    # to the other side. Up to 0.12 was seen; a prefix that is not this prompt's changes it by several.
+    assert again == pytest.approx(first, abs=0.5)
+    assert sum(abs(a - b) for a, b in zip(first, again, strict=True)) < 0.1 * len(prompts)
+
+
+def next_token_logprob(client: openai.OpenAI, prompt: str) -> float:
+    """Of the likeliest token after ``prompt``."""
+    answer = client.completions.create(
+        model=served_name(client), prompt=prompt, max_tokens=1, temperature=0, logprobs=1
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    return float(logprobs.token_logprobs[0])
 
 
 def test_served_perplexity_is_the_specification_s(server: VLLMServer) -> None:
