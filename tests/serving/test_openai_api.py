@@ -80,8 +80,8 @@ def test_cached_prefix_gives_the_same_answer(server: VLLMServer) -> None:
     before = counter(server, "vllm:prefix_cache_hits_total")
     again = [next_token_logprob(client, prompt) for prompt in prompts]
     assert counter(server, "vllm:prefix_cache_hits_total") - before >= 32 * len(prompts)
-    # The rest of a prompt is few rows, whose context the threads share: sums in another order, and 4-bit codes that fall
-    # to the other side. Up to 0.12 was seen; a prefix that is not this prompt's changes it by several.
+    # The rest of a prompt is few rows, whose context the threads share: sums in another order, and 4-bit codes that
+    # fall to the other side. Up to 0.12 was seen.
     assert again == pytest.approx(first, abs=0.5)
     assert sum(abs(a - b) for a, b in zip(first, again, strict=True)) < 0.1 * len(prompts)
 
