@@ -102,9 +102,10 @@ void run_attention(const AttentionArgs& call, const AttentionBatch& batch) {
   int64_t keys = 0;
   for (const Work& w : work) keys += w.keys() * w.task.kv_heads;
   const int64_t share = std::max(kShortestShare, round_up(keys / wanted, 2 * kTokenTile));
-  const bool splits = count < wanted && std::any_of(work.begin(), work.end(), [&](const Work& w) {
-                        return w.keys() > share;
-                      });
+  // A prompt's contexts stay whole, so that the rest of a prompt after a cached prefix has the bits that the whole
+  // prompt gave it: its sums do not depend on how many rows there are to share out.
+  const auto cuts = [&](const Work& w) { return w.keys() > share && !prefills(w); };
+  const bool splits = count < wanted && std::any_of(work.begin(), work.end(), cuts);
   const Work* all = work.data();
   if (!splits) {
     run_tasks(count, [&](int64_t i) { all[i].kernel(args, all[i].task); });
@@ -119,10 +120,11 @@ void run_attention(const AttentionArgs& call, const AttentionBatch& batch) {
   int64_t rows = 0;
   for (const Work& w : work) {
     first_share.push_back(static_cast<int64_t>(shares.size()));
-    for (int64_t key = w.task.key_begin; key < w.task.key_end; key += share) {
+    const int64_t step = cuts(w) ? share : w.keys();
+    for (int64_t key = w.task.key_begin; key < w.task.key_end; key += step) {
       shares.push_back(w);
       shares.back().task.key_begin = key;
-      shares.back().task.key_end = std::min(w.task.key_end, key + share);
+      shares.back().task.key_end = std::min(w.task.key_end, key + step);
       rows += w.task.queries * args.group * w.task.kv_heads;
     }
   }
