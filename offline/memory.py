@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 from math import prod
@@ -24,16 +23,6 @@ def peak_memory() -> float:
 def resident_memory() -> float:
     """Resident size of this process now, in GiB; 0 where the system does not tell."""
     return _status("VmRSS", 0)
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the C library can be told to.
-
-    glibc keeps what was freed in pieces of up to 32 MiB: 0.2 GiB between the linears of a 1B model.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def memory_bound(adapter: ModelAdapter, calibration_tokens: int) -> float:

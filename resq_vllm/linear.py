@@ -227,7 +227,7 @@ def _parameter(layer: LinearBase, name: str, data: torch.Tensor | None) -> None:
 
 def _fill_dummy(layer: LinearBase, plan: LinearPlan) -> None:
     """Random codes and scales for ``--load-format dummy``, which fills float tensors only: y keeps x's magnitude."""
-    generator = torch.Generator().manual_seed(_DUMMY_SEED)
+    generator = torch.Generator(_device(layer)).manual_seed(_DUMMY_SEED)
     for name in ("weight_low", "weight_high"):
         if hasattr(layer, name):
             codes = getattr(layer, name).data

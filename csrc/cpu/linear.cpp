@@ -61,7 +61,6 @@ const void* row_address(const void* base, DType dtype, int64_t elements) {
   return static_cast<const uint8_t*>(base) + elements * (dtype == DType::f32 ? 4 : 2);
 }
 
-
 // Threads that can run at once, however many were asked for.
 int64_t usable_threads() {
   static const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from offline.pack.names import INDEX_FILE
 from resq_vllm.errors import ResQError
 
-# A shard is kept in memory until it is full, and once more while it is written.
-DEFAULT_SHARD_BYTES = 1 << 29
+# A shard is kept in memory until it is full.
+DEFAULT_SHARD_BYTES = 1 << 30
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from offline.memory import give_back
 from offline.models.adapter import SITE_LINEARS, ModelAdapter
 from offline.models.layer import LoadedLayer
 from offline.models.runner import LayerRunner
@@ -27,6 +26,7 @@ from offline.report.measure import LayerMeasurement
 from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.metadata import SITES, QuantizationMetadata, SiteName
 from resq_vllm.formats.plan import LinearPlan, linear_plan
+from resq_vllm.memory import release_freed
 from resq_vllm.reference import block_hadamard
 
 
@@ -180,7 +180,7 @@ class LayerQuantizer:
     def _calibrate(self, layer: LoadedLayer, site: SiteName, inputs: LayerInputs) -> HessianFactor:
         """What GPTQ needs for ``site``, whose weights in ``layer`` make up for the losses before them from now on."""
         plan = self.plans[site]
-        give_back()
+        release_freed()
         found = inputs.site(site, plan.columns)
         found.compensate([layer.weight(name) for name in SITE_LINEARS[site]])
         name = self._adapter.linear(layer.index, SITE_LINEARS[site][0])
