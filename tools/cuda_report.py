@@ -2,8 +2,8 @@
 
 `python -m tools.cuda_report` checks the objects of the last build and prints what is wrong; with
 `--record quantize hadamard` it writes these files' registers as the new limits. The registers are ptxas's own report,
-kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded (those
-of the GEMMs in their own test).
+kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded: those of
+the GEMMs to what lets as many CTAs share a processor as csrc/cuda/gemm_table.h counts on.
 """
 
 from __future__ import annotations
@@ -67,13 +67,21 @@ def _short(name: str) -> str:
     return re.sub(r"\(.*|^void |resq::cuda::", "", name)
 
 
-def instructions(object_file: Path, arch: str) -> str:
-    """SASS of an object's code for ``arch``, by the cuobjdump that Triton's wheel brings (or the toolkit's)."""
+def instructions(object_file: Path, arch: str) -> dict[str, str]:
+    """SASS of an object's kernels for ``arch``, by the cuobjdump that Triton's wheel brings (or the toolkit's)."""
     tool = cuobjdump()
     assert tool is not None
     environment = {"PATH": f"{tool.parent}:/usr/bin:/bin"}
     command = [str(tool), "-sass", "-arch", arch, str(object_file)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    dump = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    functions = (function.partition("\n") for function in dump.split("Function : ")[1:])
+    return {name.strip(): code for name, _, code in functions}
+
+
+def gave_up(folder: Path = OBJECTS) -> list[str]:
+    """ptxas's remarks (C75xx) that it serialised wgmma or ignored setmaxnreg, each with its file."""
+    logs = sorted(folder.glob("*.cu.log"))
+    return [f"{log.name[:-7]}: {line}" for log in logs for line in log.read_text().splitlines() if "(C75" in line]
 
 
 def cuobjdump() -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,17 @@ def test_every_recorded_kernel_is_built() -> None:
 @pytest.mark.skipif(cuda_report.cuobjdump() is None, reason="neither Triton's wheel nor a toolkit brings cuobjdump")
 @pytest.mark.parametrize(("file", "arch"), WANTED)
 def test_instructions(file: str, arch: str) -> None:
-    sass = cuda_report.instructions(cuda_build.OBJECTS / f"{file}.cu.o", arch)
-    for instruction in LIMITS["instructions"][file][arch]:
-        assert instruction in sass, f"{file} for {arch} has no {instruction}"
+    kernels = cuda_report.instructions(cuda_build.OBJECTS / f"{file}.cu.o", arch)
+    assert len(kernels) == len(LIMITS["registers"][file])
+    for kernel, sass in kernels.items():
+        for instruction in LIMITS["instructions"][file][arch]:
+            assert instruction in sass, f"{kernel} for {arch} has no {instruction}"
+        if file.startswith("gemm"):
+            assert not re.search(r"\b(LDL|STL)\b", sass), f"{kernel} for {arch}: a register array in local memory"
+
+
+def test_ptxas_kept_asynchronous_wgmma() -> None:
+    assert cuda_report.gave_up() == []
 
 
 def test_a_spill_and_a_new_register_are_told() -> None:
