@@ -2,8 +2,8 @@
 
 `python -m tools.cuda_report` checks the objects of the last build and prints what is wrong; with
 `--record quantize hadamard` it writes these files' registers as the new limits. The registers are ptxas's own report,
-kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded: those of
-the GEMMs to what lets as many CTAs share a processor as csrc/cuda/gemm_table.h counts on.
+kept beside every object. No kernel of any file may spill; registers are limited in the files that are recorded, those
+of the GEMMs to what lets as many CTAs share a processor as csrc/cuda/gemm_table.h counts on.
 """
 
 from __future__ import annotations
