@@ -1,4 +1,4 @@
-"""Memory that was freed, given back to the operating system."""
+"""Memory that was freed, given back to the operating system; without effect where the C library is not glibc."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import ctypes
 from functools import cache
 
 
+LARGE_BLOCK = 1 << 20
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
 @cache
-def _malloc_trim() -> ctypes._NamedFuncPointer | None:
-    """glibc's function, or None where another C library or allocator keeps its own ways."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _glibc(name: str) -> ctypes._NamedFuncPointer | None:
+    """A function of glibc's allocator, or None where another C library keeps its own ways."""
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def release_freed() -> None:
-    """Give memory that this process has freed back to the operating system, where the C library is glibc.
+    """Give memory that this process has freed back to the operating system.
 
-    glibc keeps freed blocks of up to 32 MiB for later: a checkpoint's tensors after their layers have been re-laid, or
-    0.2 GiB between the linears of a 1B model that is being quantized.
+    glibc keeps freed blocks of up to 32 MiB for later: a checkpoint's tensors after their layers have been re-laid.
     """
-    trim = _malloc_trim()
+    trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def return_large_blocks() -> None:
+    """From now on, memory blocks of 1 MiB and more go back to the operating system as soon as they are freed.
+
+    glibc raises that size to 32 MiB as blocks are freed, and what it keeps lies in holes between blocks in use: 0.4 GiB
+    beside the layers of a 1B model that is being quantized, more from layer to layer.
+    """
+    set_option = _glibc("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, LARGE_BLOCK)

@@ -26,7 +26,6 @@ from offline.report.measure import LayerMeasurement
 from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.metadata import SITES, QuantizationMetadata, SiteName
 from resq_vllm.formats.plan import LinearPlan, linear_plan
-from resq_vllm.memory import release_freed
 from resq_vllm.reference import block_hadamard
 
 
@@ -180,7 +179,6 @@ class LayerQuantizer:
     def _calibrate(self, layer: LoadedLayer, site: SiteName, inputs: LayerInputs) -> HessianFactor:
         """What GPTQ needs for ``site``, whose weights in ``layer`` make up for the losses before them from now on."""
         plan = self.plans[site]
-        release_freed()
         found = inputs.site(site, plan.columns)
         found.compensate([layer.weight(name) for name in SITE_LINEARS[site]])
         name = self._adapter.linear(layer.index, SITE_LINEARS[site][0])

@@ -40,6 +40,7 @@ from offline.rotate.channels import order_down
 from offline.rotate.fuse import fuse_embedding, fuse_layer, fuse_lm_head
 from resq_vllm import __version__
 from resq_vllm.formats.metadata import high_count
+from resq_vllm.memory import return_large_blocks
 
 logger = logging.getLogger("resq")
 DEFAULT_CONTEXT = 2048
@@ -53,6 +54,7 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
     killed (or fails with ``resume``) leaves ``OUTPUT.resq-work`` to continue from.
     """
     check_free(options.output)
+    return_large_blocks()
     program = resident_memory()
     source = ModelSource.open(options.model)
     lqer = options.method != "resq"
