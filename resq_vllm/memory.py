@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-
 LARGE_BLOCK = 1 << 20
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
