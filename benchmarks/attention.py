@@ -16,6 +16,8 @@ import torch
 import typer
 from rich.table import Table
 
+from benchmarks.amx import HELP as WITHOUT_AMX
+from benchmarks.amx import hide_amx
 from benchmarks.attention_contenders import (
     BASELINE,
     KV_HEADS,
@@ -153,11 +155,14 @@ def main(
         list[str] | None, typer.Option("--contender", help="resq, fp8; bf16 always runs.")
     ] = None,
     pool_mib: Annotated[int, typer.Option(min=1, help="Memory for all caches of a case.")] = POOL_BYTES >> 20,
+    without_amx: Annotated[bool, typer.Option("--without-amx", help=WITHOUT_AMX)] = False,
 ) -> None:
     """Measure attention and print the table."""
     known("--phase", phase, PHASES)
     known("--head-dim", head_dim, HEAD_DIMS)
     known("--contender", contender_names, NAMES)
+    if without_amx:
+        hide_amx()
     try:
         restart(threads or len(usable_cores()))
     except ValueError as error:
@@ -181,6 +186,7 @@ def main(
             rows,
             threads=torch.get_num_threads(),
             isa=isa(),
+            without_amx=without_amx,
             kv_heads=KV_HEADS,
             pool_mib=pool_mib,
             last_level_cache_bytes=cache_bytes(),

@@ -17,6 +17,8 @@ import torch
 import typer
 from rich.table import Table
 
+from benchmarks.amx import HELP as WITHOUT_AMX
+from benchmarks.amx import hide_amx
 from benchmarks.ceilings import Ceilings, cache_bytes, measured_ceilings
 from benchmarks.kernel_process import restart
 from benchmarks.linear_contenders import (
@@ -146,10 +148,13 @@ def main(
     contender: Annotated[list[str] | None, typer.Option(help="Contenders, repeatable; bf16 always runs [all].")] = None,
     pool_mib: Annotated[int, typer.Option(min=1, help="Memory for all copies of a weight.")] = POOL_BYTES >> 20,
     zentorch: Annotated[Path | None, typer.Option(help="Folder where zentorch is installed apart.")] = None,
+    without_amx: Annotated[bool, typer.Option("--without-amx", help=WITHOUT_AMX)] = False,
 ) -> None:
     """Measure linear layers and print the table."""
     shapes = [parse_shape(text) for text in shape] if shape else list(SHAPES)
     known = chosen(contender, contenders(zentorch))
+    if without_amx:
+        hide_amx()
     try:
         restart(threads or len(usable_cores()))
     except ValueError as error:
@@ -182,6 +187,7 @@ def main(
             rows,
             threads=torch.get_num_threads(),
             isa=isa(),
+            without_amx=without_amx,
             ceilings=ceilings.to_dict(),
             last_level_cache_bytes=cache_bytes(),
             pools=pools,

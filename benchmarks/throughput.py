@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import vllm_bench
+from benchmarks.amx import HELP as WITHOUT_AMX
+from benchmarks.amx import hide_amx
 from benchmarks.dummy_model import SHAPES
 from benchmarks.engine_contenders import (
     BASELINE,
@@ -183,10 +185,13 @@ def main(
     llama: Annotated[Path | None, typer.Option(help="Folder where llama-cpp-python is installed apart.")] = None,
     bench: Annotated[bool, typer.Option("--vllm-bench", help="Also run `vllm bench throughput` (bf16, resq).")] = False,
     keep: Annotated[Path | None, typer.Option(help="Keep models and logs in this folder.")] = None,
+    without_amx: Annotated[bool, typer.Option("--without-amx", help=WITHOUT_AMX)] = False,
 ) -> None:
     """Measure engines and print the table."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape {shape} is not known; known are {', '.join(SHAPES)}.")
+    if without_amx:
+        hide_amx()
     names, chosen = chosen_contenders(contender), cells(scenario, streams, full)
     packages = {name: path.resolve() for name, path in {"zentorch": zentorch, "llama_cpp": llama}.items() if path}
     console = wide_console(130)
@@ -214,11 +219,12 @@ def main(
     for name, reason in unavailable.items():
         console.print(f"{name} is not measured: {reason}", highlight=False)
     if json_file is not None:
-        facts = {"shape": shape, "vocabulary": vocab, "eager": eager, "kv_cache_bytes": setting.kv_cache_bytes}
+        facts = {"shape": shape, "vocabulary": vocab, "eager": eager, "without_amx": without_amx}
         write_report(
             json_file,
             lines,
             **facts,
+            kv_cache_bytes=setting.kv_cache_bytes,
             empty_engine_gib=empty_gib,
             unavailable=unavailable,
             vllm_bench_throughput=commands,
