@@ -1,8 +1,8 @@
 """Which kernels write and attend over the packed KV cache: C++ on CPUs, Triton on NVIDIA GPUs. Chosen here alone.
 
-The CPU's take a batch as it is. The GPU's (resq_vllm.gpu_kv) take what vLLM knows on the host as well, the longest query
-and context, since a launch must not depend on what lies on the device; and a workspace, which is allocated when the
-model is loaded, before vLLM measures what is left for the cache, once a device and shared by all its layers.
+The CPU's take a batch as it is. The GPU's (resq_vllm.gpu_kv) take what vLLM knows on the host as well, the longest
+query and context, since a launch must not depend on what lies on the device; and a workspace, which is allocated when
+the model is loaded, before vLLM measures what is left for the cache, once a device and shared by all its layers.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class GPUKernels:
         Later growth would leave a captured graph with a freed address, so this is for load time only.
         """
         # Every batch whose queries have few enough rows a kv head is decoded, speculated tokens included.
-        rows = max(1, _module().DECODE_ROWS // heads.group)
+        rows = max(1, _module().schedule.DECODE_ROWS // heads.group)
         size = _module().workspace_bytes(
             max_seqs, heads.query, heads.kv, heads.layout.head_dim, multiprocessors(device), max_query_len=rows
         )

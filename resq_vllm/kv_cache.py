@@ -17,6 +17,7 @@ from resq_vllm.vllm_api import (
     AttentionBackendEnum,
     AttentionType,
     BaseKVCacheMethod,
+    VllmConfig,
     get_current_vllm_config,
     set_weight_attrs,
 )
@@ -59,7 +60,8 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
 
         Raises ResQError when the layer asks for something that the packed cache cannot do.
         """
-        reasons = unsupported(layer, self.layout)
+        config = get_current_vllm_config()
+        reasons = unsupported(layer, self.layout) + unsupported_settings(config)
         if reasons:
             raise ResQError(
                 f"{layer.layer_name}: the packed KV cache does not support {', '.join(reasons)}; "
@@ -81,7 +83,6 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
         rotation = torch.nn.Parameter(unset, requires_grad=False)
         set_weight_attrs(rotation, {"weight_loader": _RotationLoader(layer.layer_name)})
         layer.register_parameter("key_rotation", rotation)
-        config = get_current_vllm_config()
         layer.resq_dummy = config.load_config.load_format == "dummy"
         self._max_seqs = config.scheduler_config.max_num_seqs
 
@@ -135,6 +136,17 @@ def unsupported(layer: Attention, layout: KVLayout) -> list[str]:
     found = [reason for failed, reason in checks if failed]
     lacking = None if found else kernels().problem(Heads(layer.num_heads, layer.num_kv_heads, layout))
     return [*found, lacking] if lacking else found
+
+
+def unsupported_settings(config: VllmConfig) -> list[str]:
+    """What of the engine's settings the packed cache cannot do, in words."""
+    parallel, model = config.parallel_config, config.model_config
+    checks = [
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (model is not None and model.rswa_window is not None, "reference sliding-window attention"),
+    ]
+    return [reason for failed, reason in checks if failed]
 
 
 def require_packed(layer: Attention) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.cuda_platform.child SPECS`: what vLLM decides for models on its CUDA platform, as JSON on the last line.
+"""`python -m tests.cuda_platform.child SPECS`: what vLLM decides on its CUDA platform, as JSON on the last line.
 
 SPECS is JSON: {"capability": [major, minor], "engines": [{"model": folder, "options": of EngineArgs}]}.
 """

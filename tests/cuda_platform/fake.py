@@ -1,7 +1,7 @@
 """Stand-ins that make vLLM's CPU build choose its CUDA platform, for checks of configuration in a process of its own.
 
-`install()` before vLLM is imported. Platform, configuration, layers and KV-cache accounting are then vLLM's own code for
-CUDA; no kernel can run and nothing may be allocated on the device. What stands in, and why:
+`install()` before vLLM is imported. Platform, configuration, layers and KV-cache accounting are then vLLM's own code
+for CUDA; no kernel can run and nothing may be allocated on the device. What stands in, and why:
 
 - NVML, which reports one GPU of the given compute capability: platform detection asks it for the number of GPUs.
 - the version of the distribution `vllm` without its "+cpu": detection takes that for a CPU build otherwise.
