@@ -151,7 +151,7 @@ def main(
     ] = None,
     contender: Annotated[list[str] | None, typer.Option(help="Repeatable [all].")] = None,
     cell: Annotated[list[str] | None, typer.Option(help="STREAMSxCONTEXT, repeatable [all].")] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds a contender.")] = 110,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds a contender, or a step of correctness.")] = 110,
     seconds: Annotated[float, typer.Option(min=1, help="Seconds of the stage.")] = 460,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Of the KV cache [what the GPU has left].")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")] = False,
@@ -170,7 +170,7 @@ def main(
     run = Run(shape, cells, work, limit, deadline, memory_options(kv_cache_bytes), again)
     report, failed = out / f"gpu_serve_{stage}.json", False
     if stage == "correctness":
-        found = check(work, checkpoint, deadline, run.memory, say)
+        found = check(work, checkpoint, limit, deadline, run.memory, say)
         failed = bool(found["failures"])
         write_report(report, found.pop("rows"), device=device(), **found)
     elif stage == "serve":

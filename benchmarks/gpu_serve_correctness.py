@@ -47,18 +47,21 @@ def python(*arguments: str) -> list[str]:
 class Steps:
     """Runs one command after another, each within its own limit and the stage's."""
 
-    def __init__(self, folder: Path, deadline: float, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, limit: float, deadline: float, say: Callable[[str], None]) -> None:
         self._folder = folder
+        self._limit = limit
         self._deadline = deadline
         self._say = say
         self.failures: list[str] = []
 
-    def run(self, name: str, command: list[str], limit: float) -> bool:
+    def run(self, name: str, command: list[str], limits: float = 1) -> bool:
         """Whether the command ended well; why not goes into `failures`."""
         left = self._deadline - time.monotonic()
         started = time.monotonic()
         log = self._folder / f"{name.replace(' ', '-')}.log"
-        reason = "no time left" if left < 1 else run_limited(command, environment(), log, min(limit, left))
+        reason = (
+            "no time left" if left < 1 else run_limited(command, environment(), log, min(limits * self._limit, left))
+        )
         self._say(f"{name}: {time.monotonic() - started:.0f} s, {reason or 'done'}")
         if reason:
             self.failures.append(f"{name}: {reason}")
@@ -107,7 +110,7 @@ def perplexities(steps: Steps, folder: Path, models: Mapping[str, Path]) -> list
             answer = folder / f"{name}-{engine}.json"
             answer.unlink(missing_ok=True)
             flags = ["--engine", engine, "--windows", str(WINDOWS), "--json", str(answer)]
-            if steps.run(f"perplexity {name} {engine}", python("offline.cli", "eval", str(model), *flags), 120):
+            if steps.run(f"perplexity {name} {engine}", python("offline.cli", "eval", str(model), *flags)):
                 found[engine] = json.loads(answer.read_text())["perplexity"]
         if len(found) == 2:
             off = found["vllm"] / found["reference"] - 1
@@ -135,7 +138,7 @@ def greedy(
             answer.unlink(missing_ok=True)
             given = {"model": str(model), "max_model_len": 1024, "max_num_seqs": PROMPTS, **memory, **options}
             spec.write_text(json.dumps({"options": given, "prompts": prompts(), "tokens": NEW_TOKENS}))
-            if steps.run(f"greedy {name}", python("benchmarks.greedy_child", str(spec), str(answer)), 100):
+            if steps.run(f"greedy {name}", python("benchmarks.greedy_child", str(spec), str(answer))):
                 tokens[name] = json.loads(answer.read_text())
         for line in agreement(tokens) if len(tokens) > 1 else ():
             ok = line["same_tokens"] == line["tokens"]
@@ -151,6 +154,7 @@ def greedy(
 def check(
     work: Path,
     checkpoint: Path | None,
+    limit: float,
     deadline: float,
     memory: Mapping[str, Any],
     say: Callable[[str], None],
@@ -159,10 +163,10 @@ def check(
     """{"rows", "failures", "checkpoint"} of all checks; the checkpoint is made in `work` unless it is given."""
     folder = work / "correctness"
     folder.mkdir(parents=True, exist_ok=True)
-    steps = Steps(folder, deadline, say)
+    steps = Steps(folder, limit, deadline, say)
     ours = checkpoint or work / "checkpoint"
     if not (ours / "config.json").exists():
-        steps.run("quantize", python("offline.cli", "quantize", str(MODEL_DIR), "-o", str(ours)), 240)
+        steps.run("quantize", python("offline.cli", "quantize", str(MODEL_DIR), "-o", str(ours)), 2)
     lines: list[dict[str, Any]] = []
     if (ours / "config.json").exists():
         chosen = modes or (GPU_MODES if torch.cuda.is_available() else CPU_MODES)

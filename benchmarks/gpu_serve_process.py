@@ -17,8 +17,13 @@ _SENTENCE_CHARACTERS = 400
 def reason_in(log: str) -> str:
     """The last line of a log that names an error, or its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if any(word in line for word in _ERRORS)]
-    return (named or lines or ["it said nothing"])[-1][:_SENTENCE_CHARACTERS]
+    named = [number for number, line in enumerate(lines) if any(word in line for word in _ERRORS)]
+    if not named:
+        return (lines or ["it said nothing"])[-1][:_SENTENCE_CHARACTERS]
+    last = named[-1]
+    # pydantic names the field and what is wrong with it on the lines that follow.
+    more = 2 if "validation error" in lines[last] else 0
+    return " ".join(lines[last : last + 1 + more])[:_SENTENCE_CHARACTERS]
 
 
 def run_limited(command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> str | None:
