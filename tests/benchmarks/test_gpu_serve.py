@@ -19,6 +19,7 @@ from benchmarks.dummy_model import SHAPES
 from benchmarks.gpu_serve import Run, chosen, chosen_cells, engine_options, engines, measure
 from benchmarks.gpu_serve_child import too_large
 from benchmarks.gpu_serve_contenders import CELLS, CONTENDERS, Contender, cell, key, parse_cell
+from benchmarks.gpu_serve_process import run_limited
 
 SCRIPT = Path(gpu_serve.__file__).with_suffix(".sh")
 TINY = replace(
@@ -87,10 +88,9 @@ def test_contender_that_hangs_is_stopped_and_keeps_its_cells(run: Run, monkeypat
     answer = run.work / "tiny" / "bf16.answer.json"
     written = json.dumps({"kv_tokens": 7, "start_seconds": 1.0, "cells": {"3x160": FIGURES}})
     code = f"import pathlib, time; pathlib.Path({str(answer)!r}).write_text({written!r}); time.sleep(60)"
-    original = gpu_serve.run_limited
 
     def sleeper(command: Any, environment: Any, log: Path, seconds: float) -> str | None:
-        return original([sys.executable, "-c", code], environment, log, seconds)
+        return run_limited([sys.executable, "-c", code], environment, log, seconds)
 
     monkeypatch.setattr(gpu_serve, "run_limited", sleeper)
     found = measure("bf16", replace(run, limit=3))

@@ -46,7 +46,9 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Make this process believe in one GPU. Call it before the first import of vLLM."""
     installed = importlib.metadata.version("vllm").partition("+")[0]
     real = importlib.metadata.version
-    importlib.metadata.version = lambda name: installed if name == "vllm" else real(name)
+    importlib.metadata.version = lambda distribution_name: (
+        installed if distribution_name == "vllm" else real(distribution_name)
+    )
     sys.modules.update({name: ModuleType(name) for name in EXTENSIONS})
 
     import torch
@@ -54,7 +56,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     torch.version.cuda = CUDA_VERSION
     torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: 0
-    torch.ops._C = Op("_C")  # type: ignore[assignment]
+    torch.ops._C = Op("_C")  # type: ignore[attr-defined]
     register_fake = torch.library.register_fake
 
     def register_fake_of_real_ops(op: object, *arguments: object, **options: object) -> object:
@@ -62,7 +64,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
             return lambda function: function
         return register_fake(op, *arguments, **options)  # type: ignore[arg-type]
 
-    torch.library.register_fake = register_fake_of_real_ops  # type: ignore[assignment]
+    torch.library.register_fake = register_fake_of_real_ops
 
     import vllm.third_party.pynvml as nvml
 

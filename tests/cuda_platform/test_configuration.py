@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.dummy_model import SHAPES, Shape, bf16_config, resq_config, write_model
-from benchmarks.environment import vllm_environment
 from offline.bundled import MODEL_DIR
+from tests.cuda_platform.support import decisions
 
 LAYERS = 4
 # Of the 8B shape a few layers: tokens of the cache per byte do not depend on their number.
@@ -24,19 +21,6 @@ HEAD_DIM_128 = replace(SHAPES["8b"], num_hidden_layers=LAYERS, vocab_size=4096)
 def bundled_shape() -> Shape:
     config = json.loads((MODEL_DIR / "config.json").read_text())
     return Shape(**{name: config[name] for name in Shape.__dataclass_fields__})
-
-
-def decisions(engines: list[tuple[Path, dict[str, Any]]], capability: tuple[int, int] = (9, 0)) -> list[dict[str, Any]]:
-    """What the CUDA platform decides for each (model folder, EngineArgs)."""
-    given = {"capability": capability, "engines": [{"model": str(m), "options": o} for m, o in engines]}
-    command = [sys.executable, "-m", "tests.cuda_platform.child", json.dumps(given)]
-    environment = vllm_environment({"OMP_NUM_THREADS": "1"})
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=os.getcwd(), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return answers
 
 
 NAMES = ("bf16", "resq", "bf16-64", "resq-64", "fp8-kv", "skip", "mixed", "block-32", "eager")
