@@ -83,8 +83,8 @@ def _decode(
         maximum, total, sums = state
         factor = tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
         if used == 1:
-            place = output + (query_row * output_token + query_heads * output_head)[:, None]
-            store_dims(place, sums, factor, valid[:, None], P, store_rounded)
+            out_rows = output + (query_row * output_token + query_heads * output_head)[:, None]
+            store_dims(out_rows, sums, factor, valid[:, None], P, store_rounded)
         else:
             heads = tl.num_programs(1)
             place = ((sequence.to(tl.int64) * heads + head) * ROWS + row) * splits + split

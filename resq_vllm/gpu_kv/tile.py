@@ -14,15 +14,15 @@ A tile's column n is its token (n mod N/4)·4 + n div (N/4): then the probabilit
 share the words of the values, are a contiguous quarter of the columns.
 """
 
+# ruff: noqa: RUF005 (Triton has no starred expressions)
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from resq_vllm.gpu_kv.arithmetic import as_bf16, byte_value, loaded_bf16, nibble_plus_128
-from resq_vllm.gpu_kv.page import Page, key_nibble_dim, key_word
-
-WORD: tl.constexpr = tl.constexpr(tl.uint32)
+from resq_vllm.gpu_kv.page import key_nibble_dim
 
 
 @triton.jit
@@ -67,11 +67,47 @@ def start_state(M: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _scale_zero(page, token, seen, row, P: tl.constexpr):
-    """Scale and zero point of the tile's tokens, float32; row: of the scale planes. A token not there has scale 0."""
-    scales = (page + P.scales).to(tl.pointer_type(tl.float16))
-    scale = tl.load(scales + row * P.tokens + token, mask=seen, other=0.0).to(tl.float32)
-    return scale, tl.load(page + P.zeros + row * P.tokens + token, mask=seen, other=0).to(tl.float32)
+def _scales_zeros(page, quad, seen, row, P: tl.constexpr):
+    """Of the tile's groups of 4 tokens: four float16 scales in 64 bits [Q] and four zero points in 32 bits [Q].
+
+    row: of the scale planes. page: pointers [Q] or one; quad [Q]: in its page; seen [Q]: begins before the end.
+    """
+    scales = (page + (P.scales + 2 * row * P.tokens)).to(tl.pointer_type(tl.uint64))
+    zeros = (page + (P.zeros + row * P.tokens)).to(tl.pointer_type(tl.uint32))
+    return tl.load(scales + quad, mask=seen, other=0), tl.load(zeros + quad, mask=seen, other=0)
+
+
+@triton.jit
+def _scale(packed, j):
+    """float32 [Q]: the scales of the tokens ≡ j (mod 4)."""
+    return (packed >> (16 * j)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _zero(packed, j, OFFSET: tl.constexpr):
+    """float32 [Q]: their zero points plus OFFSET, through float32's mantissa."""
+    return (((packed >> (8 * j)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
+
+
+@triton.jit
+def _key_words(base, quad, word, valid, WIDTH: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr):
+    """uint32 [ROWS, 4·Q]: a key plane's words, column j·Q + i being token 4·i + j. base [Q] or one: pointers to bytes."""
+    token = tl.arange(0, 4)[None, None, :]
+    place = ((quad // 4)[None, :, None] * (WIDTH // 4) + word[:, :, None]) * 16 + (quad % 4 * 4)[None, :, None] + token
+    pointers = base.to(tl.pointer_type(tl.uint32))
+    if base.type.is_block():
+        pointers = pointers[None, :, None]
+    words = tl.load(pointers + place, mask=valid[:, :, None], other=0)
+    return tl.reshape(tl.permute(words, (0, 2, 1)), (ROWS, 4 * Q))
+
+
+@triton.jit
+def _value_words(base, quad, lane, WIDTH: tl.constexpr):
+    """uint32 [Q, lanes]: a value plane's words, each one lane of 4 tokens."""
+    pointers = base.to(tl.pointer_type(tl.uint32))
+    if base.type.is_block():
+        pointers = pointers[:, None]
+    return tl.load(pointers + quad[:, None] * WIDTH + lane, mask=lane < WIDTH, other=0)
 
 
 @triton.jit
@@ -88,40 +124,9 @@ def _key_products(q, words, shift, STEPS: tl.constexpr, REPEAT: tl.constexpr, BI
 
 
 @triton.jit
-def _scores(query, page, token, seen, P: tl.constexpr):
-    """float32 [M, N], without the softmax scale. page: pointers [N] or one; token [N]: in its page."""
-    low, high, low_sum, high_sum = query
-    row = tl.arange(0, P.key_rows)[:, None]
-    word = row // P.key_repeat
-    words = tl.load(
-        page.to(tl.pointer_type(WORD)) + key_word(token[None, :], word, P.low_width),
-        mask=word < P.low_width // 4,
-        other=0,
-    )
-    STEPS: tl.constexpr = 32 // P.low_bits // P.key_repeat
-    scores = _key_products(low, words, (row % P.key_repeat) * P.low_bits, STEPS, P.key_repeat, P.low_bits)
-    scale, zero = _scale_zero(page, token, seen, 0, P)
-    if P.low_bits == 4:
-        zero += 128.0
-    scores = (scores - low_sum[:, None] * zero[None, :]) * scale[None, :]
-    if P.high > 0:
-        high_row = tl.arange(0, P.high_rows)[:, None]
-        high_word = high_row // P.high_repeat
-        high_words = tl.load(
-            (page + P.key_high).to(tl.pointer_type(WORD)) + key_word(token[None, :], high_word, P.high_width),
-            mask=high_word < P.high_width // 4,
-            other=0,
-        )
-        product = _key_products(high, high_words, (high_row % P.high_repeat) * 8, 4 // P.high_repeat, P.high_repeat, 8)
-        high_scale, high_zero = _scale_zero(page, token, seen, 1, P)
-        scores += (product - high_sum[:, None] * high_zero[None, :]) * high_scale[None, :]
-    return scores
-
-
-@triton.jit
-def _quarters(x, M: tl.constexpr, N: tl.constexpr):
-    """[M, N] -> four [M, N/4]: the columns of the tokens ≡ 0, 1, 2, 3 (mod 4)."""
-    pairs = tl.reshape(tl.permute(tl.reshape(x, (M, 4, N // 4)), (0, 2, 1)), (M, N // 4, 2, 2))
+def _quarters(x, M: tl.constexpr, Q: tl.constexpr):
+    """[M, 4·Q] -> four [M, Q]: the columns of the tokens ≡ 0, 1, 2, 3 (mod 4)."""
+    pairs = tl.reshape(tl.permute(tl.reshape(x, (M, 4, Q)), (0, 2, 1)), (M, Q, 2, 2))
     even, odd = tl.split(pairs)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -129,51 +134,69 @@ def _quarters(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _weighted(p, scale, zero, M: tl.constexpr, N: tl.constexpr):
-    """Probabilities times the values' scale as operands (quarters), and what the zero points add up to, [M, 1]."""
-    weight = as_bf16(p * scale[None, :])
-    return _quarters(weight, M, N), tl.sum(weight.to(tl.float32) * zero[None, :], 1)[:, None]
+def _scores(query, page, quad, seen, P: tl.constexpr, M: tl.constexpr, Q: tl.constexpr):
+    """Four float32 [M, Q], without the softmax scale."""
+    low, high, low_sum, high_sum = query
+    row = tl.arange(0, P.key_rows)[:, None]
+    word = row // P.key_repeat
+    STEPS: tl.constexpr = 32 // P.low_bits // P.key_repeat
+    OFFSET: tl.constexpr = 128.0 if P.low_bits == 4 else 0.0
+    words = _key_words(page, quad, word, word < P.low_width // 4, P.low_width, P.key_rows, Q)
+    product = _key_products(low, words, (row % P.key_repeat) * P.low_bits, STEPS, P.key_repeat, P.low_bits)
+    scales, zeros = _scales_zeros(page, quad, seen, 0, P)
+    quarters = _quarters(product, M, Q)
+    result = ()
+    for j in tl.static_range(4):
+        part = (quarters[j] - low_sum[:, None] * _zero(zeros, j, OFFSET)[None, :]) * _scale(scales, j)[None, :]
+        result = result + (part,)
+    if P.high > 0:
+        high_row = tl.arange(0, P.high_rows)[:, None]
+        high_word = high_row // P.high_repeat
+        HIGH_STEPS: tl.constexpr = 4 // P.high_repeat
+        words = _key_words(
+            page + P.key_high, quad, high_word, high_word < P.high_width // 4, P.high_width, P.high_rows, Q
+        )
+        product = _key_products(high, words, (high_row % P.high_repeat) * 8, HIGH_STEPS, P.high_repeat, 8)
+        scales, zeros = _scales_zeros(page, quad, seen, 1, P)
+        quarters = _quarters(product, M, Q)
+        total = ()
+        for j in tl.static_range(4):
+            part = (quarters[j] - high_sum[:, None] * _zero(zeros, j, 0.0)[None, :]) * _scale(scales, j)[None, :]
+            total = total + (result[j] + part,)
+        result = total
+    return result
 
 
 @triton.jit
-def _values(p, sums, alpha, page, quad_page, token, quad, seen, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The accumulators after this tile. quad [N/4]: its groups of 4 tokens in their pages quad_page."""
-    scale, zero = _scale_zero(page, token, seen, P.parts, P)
-    if P.low_bits == 4:
-        zero += 128.0
-    weight, offset = _weighted(p, scale, zero, M, N)
-    lane = tl.arange(0, P.lanes)[None, :]
-    base = (quad_page + P.value_low).to(tl.pointer_type(WORD))
-    place = quad[:, None] * P.low_width + lane
-    if P.tokens % N == 0:
-        words = tl.load(base + place, mask=lane < P.low_width, other=0)
-    else:
-        words = tl.load(base[:, None] + place, mask=lane < P.low_width, other=0)
+def _values(p, sums, alpha, page, quad, seen, P: tl.constexpr, M: tl.constexpr):
+    """The accumulators after this tile. p: four [M, Q]; alpha [M, 1]."""
+    OFFSET: tl.constexpr = 128.0 if P.low_bits == 4 else 0.0
+    scales, zeros = _scales_zeros(page, quad, seen, P.parts, P)
+    words = _value_words(page + P.value_low, quad, tl.arange(0, P.lanes)[None, :], P.low_width)
     first = tl.zeros((M, P.lanes), tl.float32)
     second = tl.zeros((M, P.lanes), tl.float32)
+    offset = tl.zeros((M,), tl.float32)
     for j in tl.static_range(4):
+        weight = as_bf16(p[j] * _scale(scales, j)[None, :])
+        offset += tl.sum(weight.to(tl.float32) * _zero(zeros, j, OFFSET)[None, :], 1)
         if P.low_bits == 4:
-            first = tl.dot(weight[j], nibble_plus_128(words, 8 * j), first, input_precision="ieee")
-            second = tl.dot(weight[j], nibble_plus_128(words, 8 * j + 4), second, input_precision="ieee")
+            first = tl.dot(weight, nibble_plus_128(words, 8 * j), first, input_precision="ieee")
+            second = tl.dot(weight, nibble_plus_128(words, 8 * j + 4), second, input_precision="ieee")
         else:
-            first = tl.dot(weight[j], byte_value(words, 8 * j), first, input_precision="ieee")
-    result = (sums[0] * alpha + (first - offset),)
+            first = tl.dot(weight, byte_value(words, 8 * j), first, input_precision="ieee")
+    result = (sums[0] * alpha + (first - offset[:, None]),)
     if P.low_bits == 4:
-        result = result + (sums[1] * alpha + (second - offset),)
+        result = result + (sums[1] * alpha + (second - offset[:, None]),)
     if P.high > 0:
-        high_scale, high_zero = _scale_zero(page, token, seen, P.parts + 1, P)
-        high_weight, high_offset = _weighted(p, high_scale, high_zero, M, N)
-        high_lane = tl.arange(0, P.high_dims)[None, :]
-        high_base = (quad_page + P.value_high).to(tl.pointer_type(WORD))
-        high_place = quad[:, None] * P.high_width + high_lane
-        if P.tokens % N == 0:
-            high_words = tl.load(high_base + high_place, mask=high_lane < P.high_width, other=0)
-        else:
-            high_words = tl.load(high_base[:, None] + high_place, mask=high_lane < P.high_width, other=0)
+        scales, zeros = _scales_zeros(page, quad, seen, P.parts + 1, P)
+        words = _value_words(page + P.value_high, quad, tl.arange(0, P.high_dims)[None, :], P.high_width)
         third = tl.zeros((M, P.high_dims), tl.float32)
+        offset = tl.zeros((M,), tl.float32)
         for j in tl.static_range(4):
-            third = tl.dot(high_weight[j], byte_value(high_words, 8 * j), third, input_precision="ieee")
-        result = result + (sums[len(result)] * alpha + (third - high_offset),)
+            weight = as_bf16(p[j] * _scale(scales, j)[None, :])
+            offset += tl.sum(weight.to(tl.float32) * _zero(zeros, j, 0.0)[None, :], 1)
+            third = tl.dot(weight, byte_value(words, 8 * j), third, input_precision="ieee")
+        result = result + (sums[len(sums) - 1] * alpha + (third - offset[:, None]),)
     return result
 
 
@@ -196,36 +219,40 @@ def attend(
 ):
     """The state after one more tile."""
     maximum, total, sums = state
-    column = tl.arange(0, N)
-    offset = (column % (N // 4)) * 4 + column // (N // 4)
-    token = start + offset
+    Q: tl.constexpr = N // 4
+    quads = tl.arange(0, Q)
+    token = start + 4 * quads
     seen = token < length
     if P.tokens % N == 0:
         page = cache + tl.load(table + start // P.tokens).to(tl.int64) * cache_block
-        quad_page = page
-        first = start % P.tokens
-        in_page, quad = first + offset, first // 4 + tl.arange(0, N // 4)
-        key_page = page
+        quad = start % P.tokens // 4 + quads
     else:
         block = tl.load(table + token // P.tokens, mask=seen, other=0)
         page = cache + block.to(tl.int64) * cache_block
-        quads = start // 4 + tl.arange(0, N // 4)
-        quad_block = tl.load(table + quads // (P.tokens // 4), mask=quads * 4 < length, other=0)
-        quad_page = cache + quad_block.to(tl.int64) * cache_block
-        in_page, quad = token % P.tokens, quads % (P.tokens // 4)
-    scores = _scores(query, page, in_page, seen, P) * scale
-    if MASKED:
-        visible = token[None, :] <= position[:, None]
-        if window > 0:
-            visible = visible & (token[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores, float("-inf"))
-    new = tl.maximum(maximum, tl.max(scores, 1))
+        quad = (token % P.tokens) // 4
+    raw = _scores(query, page, quad, seen, P, M, Q)
+    scores = ()
+    new = maximum
+    for j in tl.static_range(4):
+        score = raw[j] * scale
+        if MASKED:
+            visible = token[None, :] + j <= position[:, None]
+            if window > 0:
+                visible = visible & (token[None, :] + j > position[:, None] - window)
+            score = tl.where(visible, score, float("-inf"))
+        scores = scores + (score,)
+        new = tl.maximum(new, tl.max(score, 1))
     # A row that has seen nothing yet keeps 0 everywhere instead of exp2(-inf + inf).
     finite = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores - finite[:, None])
     alpha = tl.exp2(maximum - finite)
-    sums = _values(p, sums, alpha[:, None], page, quad_page, in_page, quad, seen, P, M, N)
-    return new, total * alpha + tl.sum(p, 1), sums
+    total = total * alpha
+    p = ()
+    for j in tl.static_range(4):
+        probability = tl.exp2(scores[j] - finite[:, None])
+        total += tl.sum(probability, 1)
+        p = p + (probability,)
+    sums = _values(p, sums, alpha[:, None], page, quad, seen, P, M)
+    return new, total, sums
 
 
 @triton.jit
