@@ -20,7 +20,8 @@ def as_bf16(x):
     """float32 -> bf16, half to even."""
     if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
     return x.to(tl.bfloat16)
 
 
