@@ -84,7 +84,21 @@ def _prefill(
             full = (past + 1) // N
             for tile in range(0, full):
                 state = attend(
-                    q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, False, False
+                    q,
+                    state,
+                    pages,
+                    cache_block,
+                    table,
+                    tile * N,
+                    length,
+                    position,
+                    window,
+                    scale,
+                    P,
+                    M,
+                    N,
+                    False,
+                    False,
                 )
             begin = full
         for tile in range(begin, end):

@@ -114,10 +114,10 @@ def _value_codes(base, quad, WIDTH: tl.constexpr, LANES: tl.constexpr, BITS: tl.
     token = tl.arange(0, 4)[None, None, :, None]
     if BITS == 4:
         half = tl.arange(0, 2)[:, None, None, None]
-        codes = nibble_plus_128(words[None, :, None, :], token * 8 + half * 4)
+        codes = nibble_plus_128(tl.reshape(words, (1, LANES, 1, Q)), token * 8 + half * 4)
         result = tl.reshape(codes, (2 * LANES, 4 * Q))
     else:
-        result = tl.reshape(byte_value(words[None, :, None, :], token * 8), (LANES, 4 * Q))
+        result = tl.reshape(byte_value(tl.reshape(words, (1, LANES, 1, Q)), token * 8), (LANES, 4 * Q))
     return result
 
 
