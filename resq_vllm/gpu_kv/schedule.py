@@ -28,7 +28,7 @@ class Tile:
 
 
 def decode_tile(head_dim: int) -> Tile:
-    return Tile(DECODE_ROWS, 64, 1, 4)
+    return Tile(DECODE_ROWS, 64, 1, 5)
 
 
 def prefill_tile(head_dim: int) -> Tile:

@@ -66,18 +66,44 @@ def _tokens_of(packed, BITS: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def _scale_zero(page, quad, seen, row, OFFSET: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
-    """float32 [4·Q]: scales of the tile's tokens, and their zero points plus OFFSET.
+def _rows(packed, P: tl.constexpr):
+    """packed [2·parts, Q] -> a tuple of its rows [Q]: keys' low (and high), values' low (and high)."""
+    Q: tl.constexpr = packed.shape[1]
+    if P.parts == 2:
+        even, odd = tl.split(tl.reshape(tl.permute(packed, (1, 0)), (Q, 2, 2)))
+        key_low, value_low = tl.split(even)
+        key_high, value_high = tl.split(odd)
+        rows = (key_low, key_high, value_low, value_high)
+    else:
+        key_low, value_low = tl.split(tl.permute(packed, (1, 0)))
+        rows = (key_low, value_low)
+    return rows
 
-    row: of the scale planes. page: pointers [Q] or one; quad [Q]: groups of 4 tokens in their page; seen [Q].
+
+@triton.jit
+def _load_scales(page, quad, seen, P: tl.constexpr):
+    """Scales (float16 × 4 tokens in 64 bits) and zero points (4 in 32 bits) of all parts, each a tuple of [Q].
+
+    page: pointers [Q] or one; quad [Q]: groups of 4 tokens in their page; seen [Q].
     """
-    scales = (page + (P.scales + 2 * row * P.tokens)).to(tl.pointer_type(tl.uint64))
-    zeros = (page + (P.zeros + row * P.tokens)).to(tl.pointer_type(tl.uint32))
-    scale = _tokens_of(tl.load(scales + quad, mask=seen, other=0), 16, Q)
-    zero = _tokens_of(tl.load(zeros + quad, mask=seen, other=0), 8, Q)
+    row = tl.arange(0, 2 * P.parts)[:, None] * (P.tokens // 4)
+    scales = (page + P.scales).to(tl.pointer_type(tl.uint64))
+    zeros = (page + P.zeros).to(tl.pointer_type(tl.uint32))
+    if page.type.is_block():
+        scales, zeros = scales[None, :], zeros[None, :]
+    scale = tl.load(scales + (row + quad[None, :]), mask=seen[None, :], other=0)
+    zero = tl.load(zeros + (row + quad[None, :]), mask=seen[None, :], other=0)
+    return _rows(scale, P), _rows(zero, P)
+
+
+@triton.jit
+def _scale_zero(scales, zeros, row: tl.constexpr, OFFSET: tl.constexpr):
+    """float32 [4·Q]: scales of the tile's tokens, and their zero points plus OFFSET."""
+    Q: tl.constexpr = scales[row].shape[0]
+    scale = _tokens_of(scales[row], 16, Q).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     # Through float32's mantissa: 2^23 + z.
-    zero = ((zero & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
-    return scale.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32), zero
+    zero = (_tokens_of(zeros[row], 8, Q) & 0xFF) | 0x4B000000
+    return scale, zero.to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
 
 
 @triton.jit
@@ -122,17 +148,17 @@ def _value_codes(base, quad, WIDTH: tl.constexpr, LANES: tl.constexpr, BITS: tl.
 
 
 @triton.jit
-def _scores(query, page, quad, seen, P: tl.constexpr, M: tl.constexpr, Q: tl.constexpr):
+def _scores(query, page, quad, scales, zeros, P: tl.constexpr, Q: tl.constexpr):
     """float32 [4·Q, M], without the softmax scale."""
     OFFSET: tl.constexpr = 128.0 if P.low_bits == 4 else 0.0
     codes = _key_codes(page, quad, P.low_width, P.key_words, P.low_bits, Q)
     product = tl.dot(codes, query[0], input_precision="ieee")
-    scale, zero = _scale_zero(page, quad, seen, 0, OFFSET, P, Q)
+    scale, zero = _scale_zero(scales, zeros, 0, OFFSET)
     scores = (product - zero[:, None] * query[1][None, :]) * scale[:, None]
     if P.high > 0:
         codes = _key_codes(page + P.key_high, quad, P.high_width, P.high_words, 8, Q)
         product = tl.dot(codes, query[2], input_precision="ieee")
-        scale, zero = _scale_zero(page, quad, seen, 1, 0.0, P, Q)
+        scale, zero = _scale_zero(scales, zeros, 1, 0.0)
         scores += (product - zero[:, None] * query[3][None, :]) * scale[:, None]
     return scores
 
@@ -147,15 +173,15 @@ def _weighted(p, codes, scale, zero, there):
 
 
 @triton.jit
-def _values(p, sums, alpha, page, quad, seen, there, P: tl.constexpr, M: tl.constexpr, Q: tl.constexpr):
+def _values(p, sums, alpha, page, quad, scales, zeros, there, P: tl.constexpr, Q: tl.constexpr):
     """The accumulators after this tile. p [4·Q, M]; alpha [M]; there [4·Q]: tokens before the sequence's end."""
     OFFSET: tl.constexpr = 128.0 if P.low_bits == 4 else 0.0
     codes = _value_codes(page + P.value_low, quad, P.low_width, P.lanes, P.low_bits, Q)
-    scale, zero = _scale_zero(page, quad, seen, P.parts, OFFSET, P, Q)
+    scale, zero = _scale_zero(scales, zeros, P.parts, OFFSET)
     result = (sums[0] * alpha[None, :] + _weighted(p, codes, scale, zero, there),)
     if P.high > 0:
         codes = _value_codes(page + P.value_high, quad, P.high_width, P.high_dims, 8, Q)
-        scale, zero = _scale_zero(page, quad, seen, P.parts + 1, 0.0, P, Q)
+        scale, zero = _scale_zero(scales, zeros, P.parts + 1, 0.0)
         result = result + (sums[1] * alpha[None, :] + _weighted(p, codes, scale, zero, there),)
     return result
 
@@ -193,7 +219,8 @@ def attend(
         block = tl.load(table + first // P.tokens, mask=seen, other=0)
         page = cache + block.to(tl.int64) * cache_block
         quad = (first % P.tokens) // 4
-    scores = _scores(query, page, quad, seen, P, M, Q) * scale
+    scales, zeros = _load_scales(page, quad, seen, P)
+    scores = _scores(query, page, quad, scales, zeros, P, Q) * scale
     if MASKED:
         visible = token[:, None] <= position[None, :]
         if WINDOWED:
@@ -204,7 +231,7 @@ def attend(
     finite = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(scores - finite[None, :])
     alpha = tl.exp2(maximum - finite)
-    sums = _values(p, sums, alpha, page, quad, seen, token < length, P, M, Q)
+    sums = _values(p, sums, alpha, page, quad, scales, zeros, token < length, P, Q)
     return new, total * alpha + tl.sum(p, 0), sums
 
 

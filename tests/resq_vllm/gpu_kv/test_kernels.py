@@ -36,3 +36,8 @@ def run_checks(file: str, **environment: str) -> None:
 @pytest.mark.parametrize("file", ["checks_write.py", "checks_attention.py"])
 def test_interpreted_kernels_equal_the_reference(file: str) -> None:
     run_checks(file, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+def test_kernels_compile_for_gpus(chip: int) -> None:
+    run_checks("checks_compiled.py", RESQ_TEST_CHIP=str(chip))
