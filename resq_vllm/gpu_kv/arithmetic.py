@@ -20,9 +20,9 @@ def as_bf16(x):
     """float32 -> bf16, half to even."""
     if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
+    return x.to(tl.bfloat16)
 
 
 @triton.jit
@@ -40,8 +40,7 @@ def nibble_plus_128(words, shift):
     bits = ((words >> shift) & 0xF) | 0x4300
     if INTERPRETED:
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

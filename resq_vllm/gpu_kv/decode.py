@@ -58,6 +58,7 @@ def _decode(
     M: tl.constexpr,
     N: tl.constexpr,
     LEAST: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens + sequence)
@@ -70,7 +71,7 @@ def _decode(
         valid = row < queries * GROUP
         query_row = (first + row // GROUP).to(tl.int64)
         query_heads = head * GROUP + row % GROUP
-        q = load_query(query + (query_row * query_token + query_heads * query_head)[:, None], valid[:, None], P)
+        q = load_query(query + (query_row * query_token + query_heads * query_head)[None, :], valid[None, :], P)
         position = length - queries + row // GROUP
         state = start_state(M, P)
         pages = cache + head.to(tl.int64) * cache_head
@@ -78,17 +79,17 @@ def _decode(
         begin += split * step
         for tile in range(begin, tl.minimum(begin + step, end)):
             state = attend(
-                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, True
+                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, True, WINDOWED
             )
         maximum, total, sums = state
-        factor = tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
+        factor = tl.where(total > 0.0, 1.0 / total, 0.0)[None, :]
         if used == 1:
-            place = output + (query_row * output_token + query_heads * output_head)[:, None]
-            store_dims(place, sums, factor, valid[:, None], P, store_rounded)
+            out_rows = output + (query_row * output_token + query_heads * output_head)[None, :]
+            store_dims(out_rows, sums, factor, valid[None, :], P, store_rounded)
         else:
             heads = tl.num_programs(1)
             place = ((sequence.to(tl.int64) * heads + head) * ROWS + row) * splits + split
-            store_dims(partial + place[:, None] * P.head_dim, sums, factor, valid[:, None], P, _store_float)
+            store_dims(partial + place[None, :] * P.head_dim, sums, factor, valid[None, :], P, _store_float)
             tl.store(log_sums + place, maximum + tl.log2(total), mask=valid)
 
 
@@ -191,7 +192,8 @@ def decode(
         cache.stride(1),
         block_table.stride(0),
         P=page,
-        M=tile.rows,
+        M=8 if rows <= 8 else 16,
+        WINDOWED=window > 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **constants,

@@ -14,8 +14,8 @@ from resq_vllm.formats.kv_layout import KVLayout
 SMALLEST_DOT = 16
 
 
-def _power_of_two(n: int) -> int:
-    return max(SMALLEST_DOT, 1 << (n - 1).bit_length())
+def _power_of_two(n: int, least: int = SMALLEST_DOT) -> int:
+    return max(least, 1 << max(n - 1, 0).bit_length())
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class Page:
         dims: head_dim rounded up to a power of two.
         lanes: low_width rounded up to a power of two (columns of a tile of the values' low plane).
         high_dims: high_width rounded up to a power of two.
-        key_rows: rows of a tile of key words, a power of two from 16 on.
-        key_repeat: rows that share a word; each takes 8/key_repeat nibbles (or 4/key_repeat bytes) of it.
-        high_rows, high_repeat: the same for the high plane's words of 4 bytes.
+        key_words, high_words: words of 4 bytes a token in a key plane, rounded up to a power of two that is deep enough
+            for a product of their codes.
 
     """
 
@@ -53,19 +52,8 @@ class Page:
     dims: int
     lanes: int
     high_dims: int
-    key_rows: int
-    key_repeat: int
-    high_rows: int
-    high_repeat: int
-
-
-def _rows(words: int, values: int) -> tuple[int, int]:
-    """Rows and repeat of a tile of ``words`` words that hold ``values`` codes each."""
-    held = 1 << (words - 1).bit_length()
-    repeat = 1
-    while held * repeat < SMALLEST_DOT and repeat < values:
-        repeat *= 2
-    return max(SMALLEST_DOT, held * repeat), repeat
+    key_words: int
+    high_words: int
 
 
 @cache
@@ -73,8 +61,6 @@ def page_of(head_dim: int, high: int, low_bits: int, tokens: int) -> Page:
     """The page of ``tokens`` tokens. Raises ResQError where KVLayout does."""
     layout = KVLayout(head_dim, high, low_bits)
     at = layout.planes(tokens)
-    key_rows, key_repeat = _rows(layout.low_bytes // 4, 32 // low_bits)
-    high_rows, high_repeat = _rows(max(layout.high_padded, 4) // 4, 4)
     return Page(
         tokens=tokens,
         head_dim=head_dim,
@@ -91,11 +77,9 @@ def page_of(head_dim: int, high: int, low_bits: int, tokens: int) -> Page:
         zeros=at.zeros,
         dims=_power_of_two(head_dim),
         lanes=_power_of_two(layout.low_bytes),
-        high_dims=_power_of_two(layout.high_padded) if high else SMALLEST_DOT,
-        key_rows=key_rows,
-        key_repeat=key_repeat,
-        high_rows=high_rows,
-        high_repeat=high_repeat,
+        high_dims=_power_of_two(layout.high_padded),
+        key_words=_power_of_two(layout.low_bytes // 4, SMALLEST_DOT * low_bits // 32),
+        high_words=_power_of_two(layout.high_padded // 4, SMALLEST_DOT // 4),
     )
 
 

@@ -52,6 +52,7 @@ def _prefill(
     QUERIES: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     head = tl.program_id(0)
     # The last blocks of a prompt have the longest contexts: they start first.
@@ -67,7 +68,7 @@ def _prefill(
         valid = (row < QUERIES * GROUP) & (index < queries)
         query_row = (first + index).to(tl.int64)
         query_heads = head * GROUP + row % GROUP
-        q = load_query(query + (query_row * query_token + query_heads * query_head)[:, None], valid[:, None], P)
+        q = load_query(query + (query_row * query_token + query_heads * query_head)[None, :], valid[None, :], P)
         past = length - queries + start  # tokens before this block's first query
         position = past + row // GROUP
         last = tl.minimum(past + QUERIES, length)
@@ -75,30 +76,39 @@ def _prefill(
         pages = cache + head.to(tl.int64) * cache_head
         table = block_table + sequence * table_row
         begin = 0
-        # Tiles that every row sees whole need no mask: [whole, full).
-        whole = 0
-        full = (past + 1) // N
-        if window > 0:
+        end = tl.cdiv(last, N)
+        if WINDOWED:
             begin = tl.maximum(past - window + 1, 0) // N
-            whole = tl.minimum(tl.cdiv(tl.maximum(last - window, 0), N), full)
-        full = tl.maximum(full, begin)
-        whole = tl.maximum(whole, begin)
-        for tile in range(begin, whole):
+        else:
+            # The tiles that every row sees whole need no mask.
+            full = (past + 1) // N
+            for tile in range(0, full):
+                state = attend(
+                    q,
+                    state,
+                    pages,
+                    cache_block,
+                    table,
+                    tile * N,
+                    length,
+                    position,
+                    window,
+                    scale,
+                    P,
+                    M,
+                    N,
+                    False,
+                    False,
+                )
+            begin = full
+        for tile in range(begin, end):
             state = attend(
-                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, True
+                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, True, WINDOWED
             )
-        for tile in range(whole, full):
-            state = attend(
-                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, False
-            )
-        for tile in range(full, tl.cdiv(last, N)):
-            state = attend(
-                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, True
-            )
-        maximum, total, sums = state
-        factor = tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
-        place = output + (query_row * output_token + query_heads * output_head)[:, None]
-        store_dims(place, sums, factor, valid[:, None], P, store_rounded)
+        _, total, sums = state
+        factor = tl.where(total > 0.0, 1.0 / total, 0.0)[None, :]
+        place = output + (query_row * output_token + query_heads * output_head)[None, :]
+        store_dims(place, sums, factor, valid[None, :], P, store_rounded)
 
 
 def prefill(
@@ -138,6 +148,7 @@ def prefill(
         GROUP=group,
         QUERIES=queries,
         M=tile.rows,
+        WINDOWED=window > 0,
         N=tile.tokens,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -28,7 +28,7 @@ def rotate_rows(
     product is exact and only the float32 sum rounds. Other types multiply in float32 (float16: 3 terms of tf32).
     """
     total = tl.zeros((M, N), tl.float32)
-    for start in tl.static_range(0, DIM, STEP):
+    for start in range(0, DIM, STEP):
         inner = start + tl.arange(0, STEP)
         x = tl.load(rows + inner[None, :], mask=valid & (inner[None, :] < DIM), other=0.0)
         u = tl.load(rotation + inner[:, None] * DIM + columns, mask=(inner[:, None] < DIM) & column_valid, other=0.0)

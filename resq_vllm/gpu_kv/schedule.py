@@ -28,11 +28,11 @@ class Tile:
 
 
 def decode_tile(head_dim: int) -> Tile:
-    return Tile(DECODE_ROWS, 64, 4, 3 if head_dim <= 128 else 2)
+    return Tile(DECODE_ROWS, 64, 1, 5)
 
 
 def prefill_tile(head_dim: int) -> Tile:
-    return Tile(128 if head_dim <= 128 else 64, 64, 8 if head_dim <= 128 else 4, 2)
+    return Tile(64, 64, 4, 3)
 
 
 def decode_splits(sequences: int, kv_heads: int, num_sms: int, max_seq_len: int) -> int:
