@@ -1,8 +1,9 @@
-"""Attention over the packed KV cache: backend, metadata, builder and impl, for vLLM's V1 runner.
+"""Attention over the packed KV cache: backend, metadata, builder and impl, for vLLM's V1 and V2 runners.
 
 One backend class per page layout, since vLLM asks the class (not the layer) how large a page is. K is rotated by U_C,
 quantized and packed by ``do_kv_cache_update``; ``forward`` attends every query token over the packed pages, its own
-token's included, so prefill, chunked prefill, prefix-cache hits and decode agree.
+token's included, so prefill, chunked prefill, prefix-cache hits and decode agree. The kernels are those of the platform
+(resq_vllm.attention_kernels).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from resq_vllm import ops
+from resq_vllm.attention_kernels import Heads, Part, kernels
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import TOKENS_PER_TILE, KVLayout
 from resq_vllm.vllm_api import (
     Attention,
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -51,6 +53,11 @@ class ResQAttentionBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         return [MultipleOf(TOKENS_PER_TILE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens a page where --block-size says none and every layer is packed; vLLM asks on GPUs alone."""
+        return kernels().preferred_block_size or default_block_size
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
@@ -94,6 +101,8 @@ class ResQMetadata(AttentionMetadata):
         seq_lens: int32 [S], the new tokens included.
         block_table: int32 [S, blocks].
         slot_mapping: int64 [T], −1 = skip.
+        parts: launches that make up the batch (GPUs alone).
+        max_seq_len: the longest of seq_lens or more, as the host knows it (GPUs alone).
 
     """
 
@@ -102,16 +111,30 @@ class ResQMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    parts: tuple[Part, ...] = ()
+    max_seq_len: int = 0
 
 
 class ResQMetadataBuilder(AttentionMetadataBuilder):
-    """Passes on what the runner prepared: the ops need no schedule of their own."""
+    """Passes on what the runner prepared. On GPUs decodes come first in a batch and have a launch of their own.
+
+    For the capture of CUDA graphs vLLM calls ``build`` as well: with the longest context the model allows and a uniform
+    query length, so that a graph fits every batch it is replayed for.
+    """
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         require_all_packed(vllm_config)
+        self._kernels = kernels()
+        if self._kernels.decode_query_len is not None:
+            # A speculated token's verification is a decode, too.
+            self._init_reorder_batch_threshold(self._kernels.decode_query_len, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        return kernels().cudagraph_support
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -123,17 +146,18 @@ class ResQMetadataBuilder(AttentionMetadataBuilder):
                 "the packed KV cache supports causal attention only; serve with an explicit --kv-cache-dtype (such as "
                 "bfloat16) to use vLLM's own cache"
             )
-        return ResQMetadata(
+        batch = ResQMetadata(
             tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
+        return self._kernels.plan(batch, common, self.reorder_batch_threshold or 1)
 
 
 class ResQAttentionImpl(AttentionImpl):
-    """Runs ``kv_write`` and ``attention``; the layer's ``key_rotation`` parameter is U_C."""
+    """Writes and attends by the platform's kernels; the layer's ``key_rotation`` parameter is U_C."""
 
     layout: ClassVar[KVLayout]
 
@@ -157,13 +181,14 @@ class ResQAttentionImpl(AttentionImpl):
         # vLLM's window counts the token itself, as the op's does; −1 = none.
         self.sliding_window = -1 if sliding_window is None else sliding_window
         self.kv_cache_dtype = kv_cache_dtype
+        self.heads = Heads(self.num_heads, self.num_kv_heads, self.layout)
+        self.kernels = kernels()
         self._known_cache = 0  # address of the cache that has been prepared
 
     def _prepare(self, kv_cache: torch.Tensor) -> None:
         if kv_cache.numel() and kv_cache.data_ptr() != self._known_cache:
             self._known_cache = kv_cache.data_ptr()
-            if kv_cache.is_contiguous():
-                ops.prefer_huge_pages(kv_cache)
+            self.kernels.prepare(kv_cache)
 
     def do_kv_cache_update(
         self,
@@ -175,7 +200,7 @@ class ResQAttentionImpl(AttentionImpl):
     ) -> None:
         """Pack the new tokens. key, value [T, Hkv, hd] (after RoPE); kv_cache uint8 [blocks, Hkv, N, C]."""
         self._prepare(kv_cache)
-        ops.kv_write(key, value, kv_cache, slot_mapping, layer.key_rotation, self.layout.high, self.layout.low_bits)
+        self.kernels.write(key, value, kv_cache, slot_mapping, layer.key_rotation, self.layout)
 
     def forward(
         self,
@@ -199,21 +224,8 @@ class ResQAttentionImpl(AttentionImpl):
             # vLLM's memory profiling, when no cache is bound yet, and its warm-up.
             self._prepare(kv_cache)
             return output.fill_(0)
-        batch, attended = attn_metadata, output
-        if query.shape[0] != batch.tokens:  # padded; two slices take 1.4 of a call's 9 microseconds
-            query, attended = query[: batch.tokens], output[: batch.tokens]
-        ops.attention(
-            query,
-            kv_cache,
-            attended,
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start_loc,
-            layer.key_rotation,
-            self.scale,
-            self.layout.high,
-            self.layout.low_bits,
-            self.sliding_window,
+        self.kernels.attend(
+            query, kv_cache, output, attn_metadata, layer.key_rotation, self.scale, self.heads, self.sliding_window
         )
         return output
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resq_vllm import ops
 from resq_vllm.attention import ResQAttentionImpl, packed_backend
+from resq_vllm.attention_kernels import Heads, kernels
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import HIGH_BITS, KVLayout
 from resq_vllm.log import log_once
@@ -17,7 +17,7 @@ from resq_vllm.vllm_api import (
     AttentionBackendEnum,
     AttentionType,
     BaseKVCacheMethod,
-    current_platform,
+    VllmConfig,
     get_current_vllm_config,
     set_weight_attrs,
 )
@@ -60,7 +60,8 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
 
         Raises ResQError when the layer asks for something that the packed cache cannot do.
         """
-        reasons = unsupported(layer, self.layout)
+        config = get_current_vllm_config()
+        reasons = unsupported(layer, self.layout) + unsupported_settings(config)
         if reasons:
             raise ResQError(
                 f"{layer.layer_name}: the packed KV cache does not support {', '.join(reasons)}; "
@@ -82,7 +83,8 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
         rotation = torch.nn.Parameter(unset, requires_grad=False)
         set_weight_attrs(rotation, {"weight_loader": _RotationLoader(layer.layer_name)})
         layer.register_parameter("key_rotation", rotation)
-        layer.resq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        layer.resq_dummy = config.load_config.load_format == "dummy"
+        self._max_seqs = config.scheduler_config.max_num_seqs
 
     def process_weights_after_loading(self, layer: Attention) -> None:
         """Check the rotation that was loaded, and that the layer still runs on the packed cache."""
@@ -97,8 +99,8 @@ class ResQKVCacheMethod(BaseKVCacheMethod):
             raise ResQError(
                 f"{layer.layer_name}.key_rotation is not orthogonal (off by {error:.1e}); quantize the model again"
             )
-        kernels = ops.attention_kernels(self._dtype, layer.head_size, self.layout.high, self.layout.low_bits)
-        log_once(logging.INFO, f"ResQ: attention: {kernels}")
+        kernels().reserve(rotation.device, layer.impl.heads, self._max_seqs)
+        log_once(logging.INFO, f"ResQ: attention: {kernels().describe(self._dtype, self.layout)}")
 
 
 class _RotationLoader:
@@ -122,7 +124,6 @@ def unsupported(layer: Attention, layout: KVLayout) -> list[str]:
         return [f"layers of type {type(layer).__name__}"]
     impl = layer.impl
     checks = [
-        (not current_platform.is_cpu(), f"{current_platform.device_name} (its kernels are for the CPU)"),
         (layer.attn_type != AttentionType.DECODER, f"{getattr(layer.attn_type, 'value', layer.attn_type)} attention"),
         (layer.head_size != layout.head_dim, f"heads of {layer.head_size} dims (it was made for {layout.head_dim})"),
         (layer.head_size_v != layer.head_size, f"value heads of {layer.head_size_v} dims"),
@@ -131,6 +132,19 @@ def unsupported(layer: Attention, layout: KVLayout) -> list[str]:
         (layer.has_sink, "attention sinks"),
         (layer.kv_sharing_target_layer_name is not None, "KV sharing between layers"),
         (layer.use_mm_prefix, "bidirectional multimodal prefixes"),
+    ]
+    found = [reason for failed, reason in checks if failed]
+    lacking = None if found else kernels().problem(Heads(layer.num_heads, layer.num_kv_heads, layout))
+    return [*found, lacking] if lacking else found
+
+
+def unsupported_settings(config: VllmConfig) -> list[str]:
+    """What of the engine's settings the packed cache cannot do, in words."""
+    parallel, model = config.parallel_config, config.model_config
+    checks = [
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (model is not None and model.rswa_window is not None, "reference sliding-window attention"),
     ]
     return [reason for failed, reason in checks if failed]
 

@@ -20,6 +20,7 @@ TESTED_VERSIONS = ("0.32", "0.33")
 SYMBOLS: dict[str, str] = {
     "Attention": "vllm.model_executor.layers.attention.attention",
     "AttentionBackend": "vllm.v1.attention.backend",
+    "AttentionCGSupport": "vllm.v1.attention.backend",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
@@ -49,6 +50,7 @@ SYMBOLS: dict[str, str] = {
     "register_quantization_config": "vllm.model_executor.layers.quantization",
     "register_weight_loader_v2_supported_method": "vllm.model_executor.layers.linear",
     "set_weight_attrs": "vllm.model_executor.utils",
+    "split_decodes_and_prefills": "vllm.v1.attention.backends.utils",
 }
 
 

@@ -18,7 +18,7 @@ from resq_vllm import ops
 from resq_vllm.attention import ResQAttentionImpl, require_all_packed
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
-from resq_vllm.kv_cache import ResQKVCacheMethod, describe, require_packed, unsupported
+from resq_vllm.kv_cache import ResQKVCacheMethod, describe, require_packed, unsupported, unsupported_settings
 from resq_vllm.plugin import register
 from resq_vllm.vllm_api import Attention, AttentionBackendEnum
 from tests.resq_vllm.conftest import HEAD_DIM, KV_HEADS, LAYERS, quantization_config
@@ -139,6 +139,8 @@ class _Layer(Attention):
             "layer_name": "model.layers.0.self_attn.attn",
             "impl": SimpleNamespace(alibi_slopes=None, logits_soft_cap=0, scale=0.25),
             "attn_type": "decoder",
+            "num_heads": 4,
+            "num_kv_heads": 2,
             "head_size": HEAD_DIM,
             "head_size_v": HEAD_DIM,
             "has_sink": False,
@@ -180,9 +182,22 @@ def test_what_the_packed_cache_cannot_do_is_refused(changes: dict[str, Any], rea
         method.create_weights(plain_attention(**changes))
 
 
-def test_gpu_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache_module, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
-    assert unsupported(plain_attention(), LAYOUT) == ["cuda (its kernels are for the CPU)"]
+@pytest.mark.parametrize(
+    ("parallel", "window", "reason"),
+    [
+        ({"decode_context_parallel_size": 2}, None, "decode context parallelism"),
+        ({"prefill_context_parallel_size": 2}, None, "prefill context parallelism"),
+        ({}, 128, "reference sliding-window attention"),
+    ],
+)
+def test_settings_that_the_packed_cache_cannot_do_are_refused(
+    parallel: dict[str, int], window: int | None, reason: str
+) -> None:
+    sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, **parallel}
+    config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(rswa_window=window)
+    )
+    assert unsupported_settings(config) == [reason]
 
 
 def test_other_attention_layers_are_refused() -> None:

@@ -137,6 +137,63 @@ def test_metadata_builder_contract() -> None:
     } <= {f.name for f in fields(vllm_api.CommonAttentionMetadata)}
 
 
+def test_cuda_graph_contract() -> None:
+    base, support = vllm_api.AttentionMetadataBuilder, vllm_api.AttentionCGSupport
+    assert parameters(base.get_cudagraph_support) == ["vllm_config", "kv_cache_spec"]
+    assert support.ALWAYS.value > support.UNIFORM_BATCH.value > support.NEVER.value
+    # A capture builds as every step does, from what it is given.
+    assert parameters(base.build_for_cudagraph_capture) == ["self", "common_attn_metadata"]
+    assert "self.build(" in inspect.getsource(base.build_for_cudagraph_capture)
+    assert parameters(base._init_reorder_batch_threshold)[:3] == [
+        "self",
+        "reorder_batch_threshold",
+        "supports_spec_as_decode",
+    ]
+    assert base.reorder_batch_threshold is None
+    assert parameters(vllm_api.split_decodes_and_prefills)[:2] == ["common_attn_metadata", "decode_threshold"]
+    assert {"num_reqs", "max_query_len", "max_seq_len"} <= {f.name for f in fields(vllm_api.CommonAttentionMetadata)}
+
+
+def test_both_runners_capture_with_the_longest_context() -> None:
+    from vllm.v1.worker.gpu.model_states import default
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for source, condition in (
+        (inspect.getsource(GPUModelRunner._build_attention_metadata), "if for_cudagraph_capture:"),
+        (inspect.getsource(default), "if for_capture:"),
+    ):
+        branch = source[source.index(condition) :]
+        assert "max_seq_len = self.max_model_len" in branch[: branch.index("else:")]
+
+
+def test_both_runners_ask_the_backend_for_layout_and_page() -> None:
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu import attn_utils
+
+    for module in (gpu_model_runner, attn_utils):
+        source = inspect.getsource(module)
+        assert "cache_config.get_resolved_kv_cache_layout()" in source
+        assert "customize_attention_spec(" in source
+    assert parameters(vllm_api.AttentionBackend.get_preferred_block_size) == ["default_block_size"]
+
+
+def test_platform_questions() -> None:
+    for name in ("is_cpu", "is_cuda", "get_device_name", "get_device_capability"):
+        assert callable(getattr(vllm_api.current_platform, name))
+    from vllm.platforms.interface import DeviceCapability
+
+    assert (DeviceCapability(9, 0).major, DeviceCapability(9, 0).minor) == (9, 0)
+
+
+def test_settings_that_the_packed_cache_refuses() -> None:
+    from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig
+
+    names = {f.name for f in fields(ParallelConfig)}
+    assert {"decode_context_parallel_size", "prefill_context_parallel_size"} <= names
+    assert isinstance(ModelConfig.rswa_window, property)
+    assert "max_num_seqs" in {f.name for f in fields(SchedulerConfig)}
+
+
 def test_attention_impl_contract() -> None:
     base = vllm_api.AttentionImpl
     assert parameters(base.forward) == [

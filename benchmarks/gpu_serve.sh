@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Serves ResQ and its rivals with vLLM on a machine with an NVIDIA GPU and without network, stage by stage, each in less
+# than 8 minutes:
+#
+#     benchmarks/gpu_serve.sh correctness|8b|1b|serve [BUNDLE [OPTION...]]
+#
+# BUNDLE (or $RESQ_BUNDLE): where vLLM comes from, unless $PYTHON (python3) has it: a folder with install_bundle.sh and its
+# archives below out/core, which is unpacked into $SITE (results/gpu-serve/site), or a folder of wheels; "" for neither.
+# OPTION: of `python -m benchmarks.gpu_serve`, such as --contender resq --cell 64x4096 --checkpoint FOLDER.
+# Order of value: correctness, 8b, serve, 1b. A stage that ran out of time goes on where it stopped when it is called
+# again, as long as $WORK (results/gpu-serve/work) is there. Reports go to $OUT (results/gpu-serve), to be committed under
+# benchmarks/results/. CUDA kernels are built where nvcc is; elsewhere those of resq_vllm/_C*.abi3.so are used.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+stage=${1:-}
+bundle=${2-${RESQ_BUNDLE:-}}
+shift $(($# < 2 ? $# : 2))
+python=${PYTHON:-python3}
+work=${WORK:-results/gpu-serve/work}
+out=${OUT:-results/gpu-serve}
+site=${SITE:-$PWD/results/gpu-serve/site}
+# Of the 8 minutes: set-up takes its share, and the report needs a moment.
+seconds_left() { echo $((465 - SECONDS)); }
+
+case $stage in correctness | 8b | 1b | serve) ;; *)
+  echo "gpu_serve.sh: the stage must be correctness, 8b, 1b or serve, not '$stage'." >&2
+  exit 2
+  ;;
+esac
+if [ -n "$bundle" ] && [ ! -d "$bundle" ]; then
+  echo "gpu_serve.sh: there is no folder $bundle to take vLLM from." >&2
+  exit 2
+fi
+if ! nvidia-smi -L >/dev/null 2>&1; then
+  echo "gpu_serve.sh needs an NVIDIA GPU, and nvidia-smi lists none here." >&2
+  exit 2
+fi
+mkdir -p "$work" "$out"
+nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader | tee "$out/gpu.txt"
+git log -1 --format=%H >"$out/commit.txt" 2>/dev/null
+
+if [ -n "$bundle" ] && [ ! -f "$site/ready" ]; then
+  if [ -f "$bundle/install_bundle.sh" ]; then
+    PYTHON=$python sh "$bundle/install_bundle.sh" --to "$site" "$bundle/out/core" || exit 1
+  else
+    "$python" -m pip install -q --no-index --find-links "$bundle" --target "$site" vllm openai || exit 1
+    echo "export PYTHONPATH=$site\${PYTHONPATH:+:\$PYTHONPATH}" >"$site/env.sh"
+  fi
+  touch "$site/ready"
+fi
+# shellcheck disable=SC1091
+[ -f "$site/env.sh" ] && . "$site/env.sh"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+if "$python" -c 'import sys; from tools import cuda_build; sys.exit(cuda_build.find_nvcc() is None)'; then
+  chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+  case $chip in 90) chip=90a ;; esac
+  RESQ_CUDA_ARCHS=${RESQ_CUDA_ARCHS:-sm_$chip} timeout 200 "$python" setup.py -q build_ext --inplace || exit 1
+fi
+# vLLM finds the plugin by the metadata of a distribution on PYTHONPATH.
+"$python" setup.py -q egg_info || exit 1
+"$python" -c 'from resq_vllm import cuda, ops; cuda.require(0); print("CPU ops", ops.isa(), "- CUDA kernels load")' || exit 1
+
+exec "$python" -m benchmarks.gpu_serve "$stage" --out "$out" --work "$work" --seconds "$(seconds_left)" "$@"
