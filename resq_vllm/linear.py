@@ -15,12 +15,14 @@ from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.hadamard import hadamard_matrix
 from resq_vllm.log import log_once
 from resq_vllm.memory import release_freed
+from resq_vllm.quantized_linear import cuda_kernel
 from resq_vllm.reference import weight_scale_rows
 from resq_vllm.vllm_api import (
     ChannelQuantScaleParameter,
     LinearBase,
     LinearMethodBase,
     ModelWeightParameter,
+    current_platform,
     get_current_vllm_config,
     get_tensor_model_parallel_rank,
     register_weight_loader_v2_supported_method,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from resq_vllm.config import ResQConfig
 
 _DUMMY_SEED = 20241214
+# One stream, a batch of decodes, a large one, a prefill: each may get another kernel.
+LOGGED_TOKENS = (1, 16, 64, 2048)
 
 
 @register_weight_loader_v2_supported_method
@@ -97,7 +101,12 @@ class ResQLinearMethod(LinearMethodBase):
                 params_dtype,
             )
         layer.resq_plan, layer.resq_loads, layer.resq_output_sizes = plan, loads, list(output_partition_sizes)
-        layer.resq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        engine = get_current_vllm_config()
+        layer.resq_dummy = engine.load_config.load_format == "dummy"
+        if current_platform.is_cuda():
+            from resq_vllm.fusion_pass import install
+
+            self.config.fusion = install(engine)
         self.tally(plan, outputs, len(output_partition_sizes))
 
     def tally(self, plan: LinearPlan, outputs: int, modules: int) -> None:
@@ -122,6 +131,8 @@ class ResQLinearMethod(LinearMethodBase):
         outputs = next(s.shape[0] for s in scales if s is not None)
         layer.resq_segments = segments = plan.flat_segments()
         packed, sums = ops.pack_weight(low, high, self.site.weight_low_bits, outputs, segments, plan.weight_group)
+        if packed.device.type == "cuda":
+            log_kernels(plan, outputs, self.site.weight_low_bits, packed.device)
         layer.resq_plan_tensor = ops.plan_tensor(segments, plan.group_bits, plan.hadamard_groups, plan.weight_group)
         low_scale, high_scale = (torch.zeros(outputs, device=packed.device) if s is None else s for s in scales)
         _parameter(layer, "packed_weight", packed)
@@ -238,8 +249,8 @@ def _fill_dummy(layer: LinearBase, plan: LinearPlan) -> None:
             getattr(layer, f"{name}_scale").data.fill_(12**0.5 / 2**bits / plan.columns**0.5)
 
 
-def kernels_of(device: torch.device) -> str:
-    """What the start-up line says of the kernels for weights on ``device``.
+def kernels_of(device: torch.device, fusion: str = "") -> str:
+    """What the start-up line says of the kernels for weights on ``device``; fusion: what resq_vllm.fusion_pass says.
 
     Raises ResQError with one sentence where the device is a GPU that the CUDA kernels of this build cannot run on.
     """
@@ -247,14 +258,22 @@ def kernels_of(device: torch.device) -> str:
         return f"CPU kernels {ops.isa()}"
     index = device.index if device.index is not None else torch.cuda.current_device()
     cuda.require(index)
-    # A linear's two launches, quantization and GEMM, are its own op. vLLM's models call norm and activation as layers
-    # of their own; taking them in (resq_vllm.fused) needs a rewritten graph.
-    return f"CUDA kernels on {torch.cuda.get_device_name(index)}; RMSNorm and SiLU·mul not fused into quantization"
+    return f"CUDA kernels on {torch.cuda.get_device_name(index)}; RMSNorm and SiLU·mul {fusion}"
+
+
+def log_kernels(plan: LinearPlan, outputs: int, low_bits: int, device: torch.device) -> None:
+    """One line a shape, on rank 0: which GEMM the table of csrc/cuda picks for few, some and many tokens."""
+    if get_tensor_model_parallel_rank():
+        return
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    shape = (outputs, plan.flat_segments(), plan.group_bits, low_bits, index, plan.weight_group)
+    chosen = ", ".join(f"{tokens} tokens {cuda_kernel(tokens, *shape)}" for tokens in LOGGED_TOKENS)
+    log_once(logging.INFO, f"ResQ: linear {plan.columns} -> {outputs}: {chosen}")
 
 
 def report(config: ResQConfig, device: torch.device) -> None:
     """The start-up line, once a process and on rank 0: kernels, bits of linears and lm_head, size of the KV cache."""
-    kernels = kernels_of(device)
+    kernels = kernels_of(device, config.fusion)
     if get_tensor_model_parallel_rank() == 0:
         from resq_vllm.kv_cache import describe
 

@@ -84,10 +84,16 @@ def linear_integer(
 
 
 def cuda_kernel(
-    tokens: int, n: int, segments: Sequence[int], group_bits: Sequence[int], low_bits: int, device: int = 0
+    tokens: int,
+    n: int,
+    segments: Sequence[int],
+    group_bits: Sequence[int],
+    low_bits: int,
+    device: int = 0,
+    weight_group: int = 0,
 ) -> str:
     """The kernel that ``tokens`` rows get on a CUDA device, with its CTAs a tile: "decode_m8_n32 x2"."""
-    return torch.ops.resq.cuda_kernel(device, tokens, n, segments, group_bits, low_bits)
+    return torch.ops.resq.cuda_kernel(device, tokens, n, segments, group_bits, low_bits, weight_group)
 
 
 @torch.library.register_fake("resq::linear_quantized")

@@ -31,6 +31,8 @@ SYMBOLS: dict[str, str] = {
     "BaseKVCacheMethod": "vllm.model_executor.layers.quantization.kv_cache",
     "ChannelQuantScaleParameter": "vllm.model_executor.parameter",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
+    "CompilationMode": "vllm.config",
+    "InductorPass": "vllm.compilation.passes.inductor_pass",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "LinearBase": "vllm.model_executor.layers.linear",
     "LinearMethodBase": "vllm.model_executor.layers.linear",

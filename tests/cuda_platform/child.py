@@ -53,6 +53,12 @@ def decide(model: str, options: dict[str, Any]) -> dict[str, Any]:
         ),
         "backends": [layer.get_attn_backend().get_name() for layer in layers],
         "graphs": {"mode": mode, "support": graphs},
+        "fusion": getattr(config.quant_config, "fusion", None),
+        "passes": [
+            type(found).__name__
+            for key, found in config.compilation_config.inductor_compile_config.items()
+            if key == current_platform.pass_key
+        ],
         "layout": layout.name,
         "block_size": config.cache_config.block_size,
         "num_gpu_blocks": kv.num_blocks,

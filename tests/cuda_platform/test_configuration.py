@@ -85,6 +85,14 @@ def test_decodes_run_in_full_cuda_graphs(decided: dict[str, dict[str, Any]]) -> 
     assert decided["resq"]["runner"] == 2
 
 
+def test_the_compiler_pass_is_handed_in_where_the_model_is_compiled(decided: dict[str, dict[str, Any]]) -> None:
+    assert decided["resq"]["passes"] == ["FuseQuantization"]
+    assert decided["resq"]["fusion"] == "fused into quantization where the compiled graph shows them"
+    assert decided["eager"]["passes"] == []
+    assert decided["eager"]["fusion"] == "not fused into quantization, since torch.compile is off"
+    assert decided["bf16"]["passes"] == []
+
+
 def test_explicit_cache_dtype_leaves_the_cache_to_vllm(decided: dict[str, dict[str, Any]]) -> None:
     assert set(decided["fp8-kv"]["backends"]) == {"FLASH_ATTN"}
     assert decided["fp8-kv"]["linear_methods"] == ["ResQLinearMethod"]

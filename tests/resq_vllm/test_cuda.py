@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resq_vllm import cuda, ops
+from resq_vllm import cuda, linear, ops
 from resq_vllm.cuda import Machine, problem
 from resq_vllm.errors import ResQError
+from resq_vllm.formats.metadata import LinearSite
+from resq_vllm.formats.plan import linear_plan
 from resq_vllm.linear import kernels_of
 
 ALL = ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_90"]
@@ -60,8 +62,25 @@ def test_a_layer_on_an_unfit_gpu_is_refused_with_the_sentence(monkeypatch: pytes
     with pytest.raises(ResQError, match=r"GPU 3 \(compute capability 9.0\) cannot run the CUDA kernels of this build"):
         kernels_of(torch.device("cuda", 3))
     built.archs = "sm_80 sm_90a"
-    assert kernels_of(torch.device("cuda", 3)).startswith("CUDA kernels on GPU 3; RMSNorm and SiLU·mul not fused")
+    assert kernels_of(torch.device("cuda", 3), "fused") == "CUDA kernels on GPU 3; RMSNorm and SiLU·mul fused"
     cuda.require.cache_clear()
+
+
+def test_each_shape_says_which_kernels_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(linear, "log_once", lambda level, message: lines.append(message))
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(linear, "cuda_kernel", lambda tokens, n, *rest: f"kernel_m{tokens}_n{n}_gpu{rest[3]}")
+    plan = linear_plan(LinearSite(low=224, high=32), 256, 64)
+    linear.log_kernels(plan, 512, 4, torch.device("cuda", 1))
+    (line,) = lines
+    assert line == (
+        "ResQ: linear 256 -> 512: 1 tokens kernel_m1_n512_gpu1, 16 tokens kernel_m16_n512_gpu1, "
+        "64 tokens kernel_m64_n512_gpu1, 2048 tokens kernel_m2048_n512_gpu1"
+    )
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: 1)
+    linear.log_kernels(plan, 512, 4, torch.device("cuda", 1))
+    assert len(lines) == 1
 
 
 def test_the_kernels_of_a_cpu_are_its_instruction_set() -> None:

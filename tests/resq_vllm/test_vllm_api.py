@@ -9,6 +9,8 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
+from vllm.config import CompilationConfig
 
 from resq_vllm import vllm_api
 from resq_vllm.errors import ResQError
@@ -175,6 +177,33 @@ def test_both_runners_ask_the_backend_for_layout_and_page() -> None:
         assert "cache_config.get_resolved_kv_cache_layout()" in source
         assert "customize_attention_spec(" in source
     assert parameters(vllm_api.AttentionBackend.get_preferred_block_size) == ["default_block_size"]
+
+
+def test_compiler_pass_contract() -> None:
+    """resq_vllm.fusion_pass: where a pass is handed in, and what of the graph it may rely on."""
+    import vllm.ir.ops  # noqa: F401  (registers them)
+    from vllm.compilation import backends
+    from vllm.compilation.passes import pass_manager
+    from vllm.model_executor.layers.activation import SiluAndMul
+
+    assert {"mode", "inductor_compile_config"} <= {f.name for f in fields(CompilationConfig)}
+    assert vllm_api.CompilationMode.VLLM_COMPILE > vllm_api.CompilationMode.NONE
+    assert vllm_api.current_platform.pass_key == "post_grad_custom_post_pass"
+    assert {"uuid", "hash_source"} <= set(dir(vllm_api.InductorPass))
+    added = inspect.getsource(backends.VllmBackend.configure_post_pass)
+    assert "self.pass_manager.add(" in added
+    assert "self.inductor_config = deepcopy(" in inspect.getsource(backends.VllmBackend.__init__)
+    # The pass runs before RMSNorm's op is lowered, and what it leaves behind is cleaned up.
+    order = inspect.getsource(pass_manager.PostGradPassManager.__call__)
+    assert order.index("pass_(graph)") < order.index("self.ir_lowering(graph)") < order.index("fix_functionalization")
+    assert str(torch.ops.vllm_ir.rms_norm.default._schema).startswith(
+        "vllm_ir::rms_norm(Tensor x, Tensor? weight, float epsilon, SymInt? variance_size=None) -> Tensor"
+    )
+    assert str(torch.ops.vllm_ir.fused_add_rms_norm.default._schema).startswith(
+        "vllm_ir::fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, "
+        "SymInt? variance_size=None) -> (Tensor, Tensor)"
+    )
+    assert "F.silu(x[..., :d]) * x[..., d:]" in inspect.getsource(SiluAndMul.forward_native)
 
 
 def test_platform_questions() -> None:
