@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_vllm import cuda, low_rank, ops
+from resq_vllm import cuda, fusion, low_rank, ops
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
@@ -21,6 +21,7 @@ from resq_vllm.vllm_api import (
     LinearBase,
     LinearMethodBase,
     ModelWeightParameter,
+    current_platform,
     get_current_vllm_config,
     get_tensor_model_parallel_rank,
     register_weight_loader_v2_supported_method,
@@ -97,7 +98,10 @@ class ResQLinearMethod(LinearMethodBase):
                 params_dtype,
             )
         layer.resq_plan, layer.resq_loads, layer.resq_output_sizes = plan, loads, list(output_partition_sizes)
-        layer.resq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        vllm_config = get_current_vllm_config()
+        layer.resq_dummy = vllm_config.load_config.load_format == "dummy"
+        if current_platform.is_cpu():
+            fusion.enable(vllm_config)
         self.tally(plan, outputs, len(output_partition_sizes))
 
     def tally(self, plan: LinearPlan, outputs: int, modules: int) -> None:

@@ -1,0 +1,50 @@
+// torch.ops.resq.norm_linear, silu_linear and decoder_mlp: linear layers with what a decoder does to their input.
+#include <torch/csrc/stable/ops.h>
+
+#include "../ops.h"
+#include "layer.h"
+
+namespace resq {
+namespace {
+
+BeforeLayer norm(const Tensor& weight, double epsilon, const Tensor* residual, Tensor* residual_out) {
+  return {Before::rms_norm, &weight, epsilon, residual, residual_out};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> norm_linear(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                                       double epsilon, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+                                       const std::optional<Tensor>& bias, const Tensor& plan,
+                                       const std::optional<Tensor>& hadamard_k) {
+  const Layer layer = planned_layer(packed, scales, wsum, bias, plan, hadamard_k);
+  if (!residual) return {run_layer(x, layer, norm(weight, epsilon, nullptr, nullptr)), torch::stable::new_empty(x, {0})};
+  Tensor sum = torch::stable::new_empty(x, x.sizes());
+  Tensor y = run_layer(x, layer, norm(weight, epsilon, &*residual, &sum));
+  return {y, sum};
+}
+
+Tensor silu_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+                   const std::optional<Tensor>& bias, const Tensor& plan, const std::optional<Tensor>& hadamard_k) {
+  return run_layer(x, planned_layer(packed, scales, wsum, bias, plan, hadamard_k), {Before::silu_mul});
+}
+
+std::tuple<Tensor, Tensor> decoder_mlp(
+    const Tensor& x, const Tensor& residual,
+    const Tensor& o_packed, const Tensor& o_scales, const Tensor& o_wsum, const std::optional<Tensor>& o_bias,
+    const Tensor& o_plan, const std::optional<Tensor>& o_hadamard_k,
+    const Tensor& norm_weight, double norm_epsilon,
+    const Tensor& up_packed, const Tensor& up_scales, const Tensor& up_wsum, const std::optional<Tensor>& up_bias,
+    const Tensor& up_plan, const std::optional<Tensor>& up_hadamard_k,
+    const Tensor& down_packed, const Tensor& down_scales, const Tensor& down_wsum, const std::optional<Tensor>& down_bias,
+    const Tensor& down_plan, const std::optional<Tensor>& down_hadamard_k) {
+  const Tensor attended = run_layer(x, planned_layer(o_packed, o_scales, o_wsum, o_bias, o_plan, o_hadamard_k));
+  Tensor sum = torch::stable::new_empty(residual, residual.sizes());
+  const Tensor gate_up = run_layer(attended, planned_layer(up_packed, up_scales, up_wsum, up_bias, up_plan, up_hadamard_k),
+                                   norm(norm_weight, norm_epsilon, &residual, &sum));
+  return {run_layer(gate_up, planned_layer(down_packed, down_scales, down_wsum, down_bias, down_plan, down_hadamard_k),
+                    {Before::silu_mul}),
+          sum};
+}
+
+}  // namespace resq
