@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -40,23 +40,19 @@ class FuseDecoder(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         linears = [node for node in graph.nodes if node.target is _resq.linear_planned.default]
-        for node in linears:
-            if not _fuse_norm(graph, node):
-                _fuse_silu(graph, node)
+        fused = sum(_fuse_norm(graph, node) or _fuse_silu(graph, node) for node in linears)
+        graph.eliminate_dead_code()
         downs = [node for node in graph.nodes if node.target is _resq.silu_linear.default]
         mlps = sum(_fuse_mlp(graph, node) for node in downs)
-        graph.eliminate_dead_code()
-        left = sum(node.target is _resq.linear_planned.default for node in graph.nodes)
-        # An MLP takes three of the linear layers.
         log_once(
             logging.INFO,
-            f"ResQ: of {len(linears)} linear layers {len(linears) - left - mlps} took in a norm or an activation, "
-            f"{mlps} decoder layers run as one op after attention, {left - 0} linear layers are left as they were",
+            f"ResQ: {fused} of {len(linears)} linear layers took in the norm or activation before them, {mlps} decoder "
+            "layers run as one op after their attention",
         )
 
-    def uuid(self) -> Any:
-        """What the compilation caches of inductor and vLLM know this pass by."""
-        return get_hash_for_files((__file__,))
+    def uuid(self) -> str:
+        """What the compilation caches of inductor and vLLM know this pass by (vLLM's hash takes no bytes)."""
+        return get_hash_for_files((__file__,)).hex()
 
 
 def _is(node: object, target: object) -> bool:
