@@ -1,9 +1,9 @@
 """Linear layers on the CPU with what a decoder does to their input: RMSNorm and residual sum, or SiLU·mul, in one op.
 
-Every layer is its five arguments of :func:`resq_vllm.ops.linear_planned` after x: packed, scales, wsum, bias, plan and
-hadamard_k. Results are rounded to x's dtype where the separate ops round: the sum, the normed row, its product with the
-weight, SiLU and its product; the norm is that of the sum before rounding, as in vLLM's graph. The ops raise RuntimeError
-with one sentence on bad arguments. :mod:`resq_vllm.fusion` puts them into vLLM's graphs.
+A layer is its arguments of :func:`resq_vllm.ops.linear_planned` after x: packed, scales, wsum, bias, plan, hadamard_k.
+Results are rounded to x's dtype where the separate ops round: the sum, the normed row, its product with the weight,
+SiLU and its product (reference.add_rms_norm and silu_mul). The ops raise RuntimeError with one sentence on bad arguments.
+:mod:`resq_vllm.fusion` puts them into vLLM's graphs.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def rows_of(m: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor
 
 def assert_near(ours: torch.Tensor, separate: torch.Tensor, limit: float) -> None:
     """A value on the edge of two codes may fall to the other one where exp differs in its last bit."""
-    assert ours.shape == separate.shape and ours.dtype == separate.dtype
+    assert ours.shape == separate.shape
+    assert ours.dtype == separate.dtype
     error = (ours.double() - separate.double()).norm()
     assert float(error) <= limit * float(separate.double().norm())
 
