@@ -2,7 +2,7 @@
 
 A layer is its arguments of :func:`resq_vllm.ops.linear_planned` after x: packed, scales, wsum, bias, plan, hadamard_k.
 Results are rounded to x's dtype where the separate ops round: the sum, the normed row, its product with the weight,
-SiLU and its product (reference.add_rms_norm and silu_mul). The ops raise RuntimeError with one sentence on bad arguments.
+SiLU and its product (reference.add_rms_norm and silu_mul). The ops raise RuntimeError with one sentence on bad input.
 :mod:`resq_vllm.fusion` puts them into vLLM's graphs.
 """
 
@@ -43,6 +43,23 @@ def decoder_mlp(
     return torch.ops.resq.decoder_mlp.default(x, residual, *o, norm_weight, epsilon, *up, *down)
 
 
+def between_attentions(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    o: Layer,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    up: Layer,
+    down: Layer,
+    next_norm_weight: torch.Tensor,
+    next_epsilon: float,
+    qkv: Layer,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`decoder_mlp`, then :func:`norm_linear` with the next decoder layer's norm and qkv, whose results these are."""
+    layers = *o, norm_weight, epsilon, *up, *down, next_norm_weight, next_epsilon, *qkv
+    return torch.ops.resq.between_attentions.default(x, residual, *layers)
+
+
 # --- shapes for torch.compile -----------------------------------------------------------------------------------------
 def _out(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
@@ -68,10 +85,12 @@ def _silu_linear_fake(
     return _out(x, scales)
 
 
+# The last layer's arguments come last.
 @torch.library.register_fake("resq::decoder_mlp")
-def _decoder_mlp_fake(
+@torch.library.register_fake("resq::between_attentions")
+def _decoder_fake(
     x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor | float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    down_scales = rest[-5]
-    assert isinstance(down_scales, torch.Tensor)
-    return _out(x, down_scales), residual.new_empty(residual.shape)
+    scales = rest[-5]
+    assert isinstance(scales, torch.Tensor)
+    return _out(x, scales), residual.new_empty(residual.shape)

@@ -1,9 +1,10 @@
 """Graph pass for vLLM's CPU graphs: RMSNorm, residual sum and SiLU·mul move into the linear layer that reads them.
 
 Otherwise inductor makes kernels of their own of them, and Python calls each: a tenth of a decode step and, with 2048
-prompt tokens in a batch, a fifth of the time. A decoder layer becomes ``norm_linear`` (qkv), attention, ``decoder_mlp``
-(o, gate_up, down). Where something stands in between, such as an all-reduce or a low-rank correction, the parts that
-still match are fused one by one. The graphs are those of vllm/ir/ops/layernorm.py and SiluAndMul.forward_native.
+prompt tokens in a batch, a fifth of the time. From one attention to the next all is one op, ``between_attentions`` (o,
+gate_up, down, the next layer's qkv). Where something stands in between, such as an all-reduce or a low-rank correction,
+the parts that still match are fused one by one. The graphs are those of vllm/ir/ops/layernorm.py and
+SiluAndMul.forward_native.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class FuseDecoder(CustomGraphPass):
         fused = sum(_fuse_norm(graph, node) or _fuse_silu(graph, node) for node in linears)
         graph.eliminate_dead_code()
         mlps = sum(_fuse_mlp(graph, node) for node in _calls(graph, _resq.silu_linear.default))
+        for node in _calls(graph, _resq.norm_linear.default):
+            _fuse_next(graph, node)
         log_once(
             logging.INFO,
             f"ResQ: {fused} of {len(linears)} linear layers took in the norm or activation before them, {mlps} decoder "
@@ -158,8 +161,8 @@ def _fuse_silu(graph: Graph, linear: Any) -> bool:
 
 def _slice(node: Any) -> tuple[int, int, int, int]:
     """Dimension, start, end and step."""
-    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-    source, dim, start, end, step = (*node.args, *defaults[len(node.args) :])
+    given, defaults = list(node.args), [None, 0, None, None, 1]
+    source, dim, start, end, step = given + defaults[len(given) :]
     shape = _value(source).shape
     return dim % len(shape), start or 0, shape[dim] if end is None else min(end, shape[dim]), step
 
@@ -186,6 +189,24 @@ def _fuse_mlp(graph: Graph, down: Any) -> bool:
         _replace(graph, call, 0, [down])
         _replace(graph, call, 1, sums)
     for node in (down, *sums, gate_up, norm, o):
+        graph.erase_node(node)
+    return True
+
+
+def _fuse_next(graph: Graph, norm: Any) -> bool:
+    """norm_linear(decoder_mlp(...)) -> between_attentions."""
+    x, residual, *layer = norm.args
+    if not _is(x, operator.getitem) or not _is(residual, operator.getitem) or x.args[0] is not residual.args[0]:
+        return False
+    mlp = x.args[0]
+    alone = all(len(node.users) == 1 for node in (x, residual)) and set(mlp.users) == {x, residual}
+    if not _is(mlp, _resq.decoder_mlp.default) or (x.args[1], residual.args[1]) != (0, 1) or not alone:
+        return False
+    with graph.inserting_before(norm):
+        call = graph.call_function(_resq.between_attentions.default, (*mlp.args, *layer))
+    call.meta["val"] = norm.meta["val"]
+    norm.replace_all_uses_with(call)
+    for node in (norm, x, residual, mlp):
         graph.erase_node(node)
     return True
 

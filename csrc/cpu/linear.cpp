@@ -20,6 +20,7 @@ constexpr int64_t kCodeBytes = 16 << 20;
 // Rows·columns up to which every thread quantizes all of them for itself, 5 µs of work, instead of forking twice: a fork
 // and join costs 1 to 2 µs on idle cores, and milliseconds where they are shared.
 constexpr int64_t kInlineColumns = 16384;
+constexpr int64_t kSiluColumns = 4;  // how many of them a column with SiLU·mul before it is worth
 // Bytes of weights that are worth a thread, 5 µs of reading, and that it takes at a time.
 constexpr int64_t kThreadBytes = 64 << 10;
 // An output of this size goes around the caches, half of which it would fill.
@@ -154,7 +155,8 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
 void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
   const Kernels& k = kernels();
   args.out_past_caches = rows * args.n * 2 >= kStreamBytes;
-  if (rows * args.plan.columns <= kInlineColumns) {
+  const int64_t work = quantize.before.kind == Before::silu_mul ? kSiluColumns : 1;
+  if (rows * args.plan.columns * work <= kInlineColumns) {
     // So little to quantize that doing it once per thread beats a second fork and join.
     const int64_t superblocks = (args.n + kSuperblock - 1) / kSuperblock;
     const int64_t share = std::max<int64_t>(1, kThreadBytes / args.plan.superblock_bytes);

@@ -1,4 +1,4 @@
-// torch.ops.resq.norm_linear, silu_linear and decoder_mlp: linear layers with what a decoder does to their input.
+// torch.ops.resq.norm_linear, silu_linear, decoder_mlp, between_attentions: linear layers with what a decoder does to their input.
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
@@ -45,6 +45,25 @@ std::tuple<Tensor, Tensor> decoder_mlp(
   return {run_layer(gate_up, planned_layer(down_packed, down_scales, down_wsum, down_bias, down_plan, down_hadamard_k),
                     {Before::silu_mul}),
           sum};
+}
+
+std::tuple<Tensor, Tensor> between_attentions(
+    const Tensor& x, const Tensor& residual,
+    const Tensor& o_packed, const Tensor& o_scales, const Tensor& o_wsum, const std::optional<Tensor>& o_bias,
+    const Tensor& o_plan, const std::optional<Tensor>& o_hadamard_k,
+    const Tensor& norm_weight, double norm_epsilon,
+    const Tensor& up_packed, const Tensor& up_scales, const Tensor& up_wsum, const std::optional<Tensor>& up_bias,
+    const Tensor& up_plan, const std::optional<Tensor>& up_hadamard_k,
+    const Tensor& down_packed, const Tensor& down_scales, const Tensor& down_wsum, const std::optional<Tensor>& down_bias,
+    const Tensor& down_plan, const std::optional<Tensor>& down_hadamard_k,
+    const Tensor& next_weight, double next_epsilon,
+    const Tensor& qkv_packed, const Tensor& qkv_scales, const Tensor& qkv_wsum, const std::optional<Tensor>& qkv_bias,
+    const Tensor& qkv_plan, const std::optional<Tensor>& qkv_hadamard_k) {
+  const auto [y, sum] = decoder_mlp(x, residual, o_packed, o_scales, o_wsum, o_bias, o_plan, o_hadamard_k, norm_weight,
+                                    norm_epsilon, up_packed, up_scales, up_wsum, up_bias, up_plan, up_hadamard_k,
+                                    down_packed, down_scales, down_wsum, down_bias, down_plan, down_hadamard_k);
+  return norm_linear(y, sum, next_weight, next_epsilon, qkv_packed, qkv_scales, qkv_wsum, qkv_bias, qkv_plan,
+                     qkv_hadamard_k);
 }
 
 }  // namespace resq

@@ -94,6 +94,9 @@ def test_decoder_mlp_is_its_three_layers(o: Weights, split: Weights, down: Weigh
             expected = fused_linear.silu_linear(gate_up, layer_of(down)), total
             layers = layer_of(o), weight, EPSILON, layer_of(split), layer_of(down)
             assert_identical(fused_linear.decoder_mlp(x, residual, *layers), expected, isa)
+            following = fused_linear.norm_linear(*expected, weight, EPSILON, layer_of(o))
+            both = fused_linear.between_attentions(x, residual, *layers, weight, EPSILON, layer_of(o))
+            assert_identical(both, following, isa)
 
 
 def test_a_row_does_not_depend_on_its_batch(o: Weights, split: Weights, down: Weights) -> None:
@@ -115,7 +118,9 @@ def test_library_checks(o: Weights, split: Weights, down: Weights) -> None:
     torch.library.opcheck(ops.norm_linear.default, (x, None, weight, EPSILON, *up))
     torch.library.opcheck(ops.norm_linear.default, (x, x.clone(), weight, EPSILON, *up))
     torch.library.opcheck(ops.silu_linear.default, (torch.randn(3, 2 * INTERMEDIATE), *last))
-    torch.library.opcheck(ops.decoder_mlp.default, (x, x.clone(), *q, weight, EPSILON, *up, *last))
+    layers = *q, weight, EPSILON, *up, *last
+    torch.library.opcheck(ops.decoder_mlp.default, (x, x.clone(), *layers))
+    torch.library.opcheck(ops.between_attentions.default, (x, x.clone(), *layers, weight, EPSILON, *q))
 
 
 def test_wrong_arguments_are_named(split: Weights, down: Weights) -> None:

@@ -73,10 +73,10 @@ def hidden(rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def test_decoder_layers_become_two_ops() -> None:
+def test_from_one_attention_to_the_next_all_is_one_op() -> None:
     x = hidden()
     names, y = compiled(decoder, x)
-    assert names == ["norm_linear", "decoder_mlp", "norm_linear", "decoder_mlp"]
+    assert names == ["norm_linear", "between_attentions", "decoder_mlp"]
     torch.testing.assert_close(y, decoder(x), rtol=0.02, atol=0.02)
 
 
