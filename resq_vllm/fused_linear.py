@@ -55,7 +55,7 @@ def between_attentions(
     next_epsilon: float,
     qkv: Layer,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`decoder_mlp`, then :func:`norm_linear` with the next decoder layer's norm and qkv, whose results these are."""
+    """:func:`decoder_mlp`, then :func:`norm_linear` with the next decoder layer's norm and qkv: its results."""
     layers = *o, norm_weight, epsilon, *up, *down, next_norm_weight, next_epsilon, *qkv
     return torch.ops.resq.between_attentions.default(x, residual, *layers)
 
