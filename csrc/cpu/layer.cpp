@@ -102,7 +102,7 @@ Layer planned_layer(const Tensor& packed, const Tensor& scales, const Tensor& ws
           hadamard_k};
 }
 
-Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before) {
+Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before, const Tensor* into) {
   const auto& [packed, scales, wsum, bias, n, words, count, hadamard_k] = layer;
   check(n > 0, "n must be positive");
   check_dtype(packed, ScalarType::Byte, "packed", "uint8");
@@ -119,7 +119,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before)
 
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = into ? *into : torch::stable::new_empty(x, shape);
 
   LinearArgs args{};
   if (bias) {

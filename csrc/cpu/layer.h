@@ -47,7 +47,7 @@ struct BeforeLayer {
   Tensor* residual_out = nullptr;
 };
 
-// y [..., n] of x [..., K] ([..., 2K] before SiLU·mul).
-Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before = {});
+// y [..., n] of x [..., K] ([..., 2K] before SiLU·mul), into the contiguous tensor `into` where one is given.
+Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before = {}, const Tensor* into = nullptr);
 
 }  // namespace resq

@@ -83,7 +83,8 @@ def test_silu_of_large_values(down: Weights) -> None:
             assert_near(fused_linear.silu_linear(x, layer_of(down)), down.apply_planned(reference.silu_mul(x)), 1e-5)
 
 
-@pytest.mark.parametrize("m", ROWS)
+# More than 768 rows are worked on in parts.
+@pytest.mark.parametrize("m", [*ROWS, 768, 1700])
 def test_decoder_mlp_is_its_three_layers(o: Weights, split: Weights, down: Weights, m: int) -> None:
     x, residual = rows_of(m, HIDDEN, torch.bfloat16, 9), rows_of(m, HIDDEN, torch.bfloat16, 10)
     weight = torch.rand(HIDDEN, generator=generator(11)).bfloat16()
