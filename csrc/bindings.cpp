@@ -21,6 +21,28 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "linear_planned(Tensor x, Tensor packed, Tensor scales, Tensor wsum, Tensor? bias, Tensor plan, "
       "Tensor? hadamard_k) -> Tensor");
   m.def(
+      "norm_linear(Tensor x, Tensor? residual, Tensor weight, float epsilon, Tensor packed, Tensor scales, Tensor wsum, "
+      "Tensor? bias, Tensor plan, Tensor? hadamard_k) -> (Tensor, Tensor)");
+  m.def(
+      "silu_linear(Tensor x, Tensor packed, Tensor scales, Tensor wsum, Tensor? bias, Tensor plan, Tensor? hadamard_k) "
+      "-> Tensor");
+  m.def(
+      "decoder_mlp(Tensor x, Tensor residual, "
+      "Tensor o_packed, Tensor o_scales, Tensor o_wsum, Tensor? o_bias, Tensor o_plan, Tensor? o_hadamard_k, "
+      "Tensor norm_weight, float norm_epsilon, "
+      "Tensor up_packed, Tensor up_scales, Tensor up_wsum, Tensor? up_bias, Tensor up_plan, Tensor? up_hadamard_k, "
+      "Tensor down_packed, Tensor down_scales, Tensor down_wsum, Tensor? down_bias, Tensor down_plan, "
+      "Tensor? down_hadamard_k) -> (Tensor, Tensor)");
+  m.def(
+      "between_attentions(Tensor x, Tensor residual, "
+      "Tensor o_packed, Tensor o_scales, Tensor o_wsum, Tensor? o_bias, Tensor o_plan, Tensor? o_hadamard_k, "
+      "Tensor norm_weight, float norm_epsilon, "
+      "Tensor up_packed, Tensor up_scales, Tensor up_wsum, Tensor? up_bias, Tensor up_plan, Tensor? up_hadamard_k, "
+      "Tensor down_packed, Tensor down_scales, Tensor down_wsum, Tensor? down_bias, Tensor down_plan, "
+      "Tensor? down_hadamard_k, Tensor next_weight, float next_epsilon, "
+      "Tensor qkv_packed, Tensor qkv_scales, Tensor qkv_wsum, Tensor? qkv_bias, Tensor qkv_plan, Tensor? qkv_hadamard_k) "
+      "-> (Tensor, Tensor)");
+  m.def(
       "pack_weight(Tensor? low, Tensor? high, int low_bits, int n, int[] segments, int weight_group=0) -> "
       "(Tensor, Tensor)");
   m.def(
@@ -60,6 +82,10 @@ STABLE_TORCH_LIBRARY(resq, m) {
 STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("linear", TORCH_BOX(&resq::linear));
   m.impl("linear_planned", TORCH_BOX(&resq::linear_planned));
+  m.impl("norm_linear", TORCH_BOX(&resq::norm_linear));
+  m.impl("silu_linear", TORCH_BOX(&resq::silu_linear));
+  m.impl("decoder_mlp", TORCH_BOX(&resq::decoder_mlp));
+  m.impl("between_attentions", TORCH_BOX(&resq::between_attentions));
   m.impl("pack_weight", TORCH_BOX(&resq::pack_weight));
   m.impl("quantize_activation", TORCH_BOX(&resq::quantize_activation));
   m.impl("hadamard", TORCH_BOX(&resq::hadamard));

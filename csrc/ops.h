@@ -21,6 +21,41 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
 Tensor linear_planned(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
                       const std::optional<Tensor>& bias, const Tensor& plan, const std::optional<Tensor>& hadamard_k);
 
+// RMSNorm of x, or of x + residual, then a layer; the second result is the sum (empty without residual).
+std::tuple<Tensor, Tensor> norm_linear(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                                       double epsilon, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+                                       const std::optional<Tensor>& bias, const Tensor& plan,
+                                       const std::optional<Tensor>& hadamard_k);
+
+// SiLU·mul of x = [gate | up], then a layer.
+Tensor silu_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& wsum,
+                   const std::optional<Tensor>& bias, const Tensor& plan, const std::optional<Tensor>& hadamard_k);
+
+// A layer, norm_linear with the residual, silu_linear: a decoder from its attention's output to the end of its MLP.
+std::tuple<Tensor, Tensor> decoder_mlp(
+    const Tensor& x, const Tensor& residual,
+    const Tensor& o_packed, const Tensor& o_scales, const Tensor& o_wsum, const std::optional<Tensor>& o_bias,
+    const Tensor& o_plan, const std::optional<Tensor>& o_hadamard_k,
+    const Tensor& norm_weight, double norm_epsilon,
+    const Tensor& up_packed, const Tensor& up_scales, const Tensor& up_wsum, const std::optional<Tensor>& up_bias,
+    const Tensor& up_plan, const std::optional<Tensor>& up_hadamard_k,
+    const Tensor& down_packed, const Tensor& down_scales, const Tensor& down_wsum, const std::optional<Tensor>& down_bias,
+    const Tensor& down_plan, const std::optional<Tensor>& down_hadamard_k);
+
+// decoder_mlp, then norm_linear for the next decoder layer.
+std::tuple<Tensor, Tensor> between_attentions(
+    const Tensor& x, const Tensor& residual,
+    const Tensor& o_packed, const Tensor& o_scales, const Tensor& o_wsum, const std::optional<Tensor>& o_bias,
+    const Tensor& o_plan, const std::optional<Tensor>& o_hadamard_k,
+    const Tensor& norm_weight, double norm_epsilon,
+    const Tensor& up_packed, const Tensor& up_scales, const Tensor& up_wsum, const std::optional<Tensor>& up_bias,
+    const Tensor& up_plan, const std::optional<Tensor>& up_hadamard_k,
+    const Tensor& down_packed, const Tensor& down_scales, const Tensor& down_wsum, const std::optional<Tensor>& down_bias,
+    const Tensor& down_plan, const std::optional<Tensor>& down_hadamard_k,
+    const Tensor& next_weight, double next_epsilon,
+    const Tensor& qkv_packed, const Tensor& qkv_scales, const Tensor& qkv_wsum, const std::optional<Tensor>& qkv_bias,
+    const Tensor& qkv_plan, const std::optional<Tensor>& qkv_hadamard_k);
+
 std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const std::optional<Tensor>& high,
                                        int64_t low_bits, int64_t n, std::vector<int64_t> segments, int64_t weight_group);
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_vllm import cuda, low_rank, ops
+from resq_vllm import cuda, fusion, low_rank, ops
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
@@ -107,6 +107,8 @@ class ResQLinearMethod(LinearMethodBase):
             from resq_vllm.fusion_pass import install
 
             self.config.fusion = install(engine)
+        elif current_platform.is_cpu():
+            fusion.enable(engine)
         self.tally(plan, outputs, len(output_partition_sizes))
 
     def tally(self, plan: LinearPlan, outputs: int, modules: int) -> None:

@@ -172,7 +172,7 @@ def kv_write(
     kv_cache uint8 [blocks, Hkv, N, C] with contiguous pages; slot_mapping int64 [<= T] = block·N + offset, negative =
     skip; rotation float32 [hd, hd]. Raises RuntimeError with one sentence on bad arguments, before anything is written.
     """
-    torch.ops.resq.kv_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits)
+    torch.ops.resq.kv_write.default(key, value, kv_cache, slot_mapping, rotation, high, low_bits)
 
 
 def attention(
@@ -194,7 +194,7 @@ def attention(
     sliding_window: tokens a query sees, itself included, −1 = all. Rows that no sequence covers are left alone.
     Raises RuntimeError with one sentence on bad arguments.
     """
-    torch.ops.resq.attention(
+    torch.ops.resq.attention.default(
         query,
         kv_cache,
         out,

@@ -68,6 +68,26 @@ def rms_norm(
     return normed * weight, total
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm as the CPU's fused ops compute it: of the float32 sum x + residual, not of what it is rounded to.
+
+    So vLLM's graph has it. The mean runs over 16 interleaved sums, which are added in halves. Shapes as in
+    :func:`rms_norm`; returns the normed row and the rounded sum.
+    """
+    total = x.float() if residual is None else x.float() + residual.float()
+    squares = torch.nn.functional.pad(total.square(), (0, -total.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    lanes = torch.zeros_like(squares[..., 0, :])
+    for step in range(squares.shape[-2]):
+        lanes = lanes + squares[..., step, :]
+    while lanes.shape[-1] > 1:
+        low, high = lanes.chunk(2, -1)
+        lanes = low + high
+    factor = 1 / torch.sqrt(lanes / total.shape[-1] + epsilon)
+    return (total * factor).to(x.dtype) * weight, total.to(x.dtype)
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SiLU(gate)·up of gate_up [..., 2K] = [gate | up], both results rounded to its dtype."""
     gate, up = gate_up.chunk(2, dim=-1)

@@ -53,10 +53,27 @@ struct HadamardArgs {
   const float* dense;  // H_k [k, k]
 };
 
+// What happens to x before its Hadamard transform and quantization, in float32, results rounded to x's dtype.
+enum class Before : int32_t {
+  nothing,
+  rms_norm,  // of x, or of x + residual, whose rounded sum goes to residual_out where that is not null
+  silu_mul,  // a row of x is [gate | up]
+};
+
+struct BeforeArgs {
+  Before kind;
+  const void* residual;  // rows of the plan's columns, or null
+  void* residual_out;
+  int64_t residual_stride, residual_out_stride;
+  const void* weight;  // [columns], x's dtype
+  float epsilon;
+};
+
 struct QuantizeArgs {
   const void* x;
   DType dtype;
   int64_t row_stride;
+  BeforeArgs before;
   PlanView plan;
   HadamardArgs hadamard;
   bool column_order;  // codes are uint8 in x's column order (otherwise the GEMM's padded int8 operand)

@@ -20,7 +20,8 @@ constexpr int64_t kCodeBytes = 16 << 20;
 // Rows·columns up to which every thread quantizes all of them for itself, 5 µs of work, instead of forking twice: a fork
 // and join costs 1 to 2 µs on idle cores, and milliseconds where they are shared.
 constexpr int64_t kInlineColumns = 16384;
-// Bytes of weights that are worth a thread, 5 µs of reading.
+constexpr int64_t kSiluColumns = 4;  // how many of them a column with SiLU·mul before it is worth
+// Bytes of weights that are worth a thread, 5 µs of reading, and that it takes at a time.
 constexpr int64_t kThreadBytes = 64 << 10;
 // An output of this size goes around the caches, half of which it would fill.
 constexpr int64_t kStreamBytes = 1 << 20;
@@ -82,11 +83,44 @@ void share_out(int64_t count, int64_t share, const Body& body) {
   });
 }
 
+// body(begin, end) over shares of [0, count), for work that is read in order: every thread begins with a stretch of its
+// own, and one that is through it helps the others. Where something else takes a core for a while, halves dealt out once
+// had one thread wait a sixth of a decode step.
+template <typename Prepare, typename Body>
+void share_streams(int64_t count, int64_t share, const Prepare& prepare, const Body& body) {
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int64_t kMost = 256;
+  const int64_t workers = std::clamp<int64_t>((count + share - 1) / share, 1, std::min(usable_threads(), kMost));
+  Cursor cursors[kMost];
+  for (int64_t w = 0; w < workers; ++w) {
+    cursors[w].next.store(count * w / workers, std::memory_order_relaxed);
+    cursors[w].end = count * (w + 1) / workers;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      auto prepared = prepare(w == 0);
+      for (int64_t i = 0; i < workers; ++i) {
+        Cursor& cursor = cursors[(w + i) % workers];
+        for (int64_t at; (at = cursor.next.fetch_add(share, std::memory_order_relaxed)) < cursor.end;)
+          body(prepared, at, std::min(cursor.end, at + share));
+      }
+    }
+  });
+}
+
 int64_t share_of(int64_t count, int64_t tasks) { return std::max<int64_t>(1, count / tasks); }
 
 // Rows [first, first + rows) as arguments of their own.
 void move_rows(QuantizeArgs& q, LinearArgs& l, int64_t first) {
+  BeforeArgs& before = q.before;
   q.x = row_address(q.x, q.dtype, first * q.row_stride);
+  if (before.residual) before.residual = row_address(before.residual, q.dtype, first * before.residual_stride);
+  if (before.residual_out)
+    before.residual_out =
+        const_cast<void*>(row_address(before.residual_out, q.dtype, first * before.residual_out_stride));
   l.out = const_cast<void*>(row_address(l.out, l.out_dtype, first * l.out_stride));
 }
 
@@ -121,16 +155,20 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
 void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
   const Kernels& k = kernels();
   args.out_past_caches = rows * args.n * 2 >= kStreamBytes;
-  if (rows * args.plan.columns <= kInlineColumns) {
+  const int64_t work = quantize.before.kind == Before::silu_mul ? kSiluColumns : 1;
+  if (rows * args.plan.columns * work <= kInlineColumns) {
     // So little to quantize that doing it once per thread beats a second fork and join.
     const int64_t superblocks = (args.n + kSuperblock - 1) / kSuperblock;
-    const int64_t least = (kThreadBytes + args.plan.superblock_bytes - 1) / args.plan.superblock_bytes;
-    const int64_t share = std::max(least, (superblocks + usable_threads() - 1) / usable_threads());
-    torch::stable::parallel_for(0, superblocks, share, [&](int64_t begin, int64_t end) {
+    const int64_t share = std::max<int64_t>(1, kThreadBytes / args.plan.superblock_bytes);
+    const auto quantized = [&](bool first) {
       QuantizeArgs q = quantize;
       LinearArgs l = args;
+      if (!first) q.before.residual_out = nullptr;
       place_activation(q, l, rows, Slot::inline_codes);
       k.quantize(q, 0, rows * q.plan.blocks);
+      return l;
+    };
+    share_streams(superblocks, share, quantized, [&](const LinearArgs& l, int64_t begin, int64_t end) {
       k.linear(l, begin, end, 0, rows);
     });
     return;

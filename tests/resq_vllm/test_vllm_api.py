@@ -57,6 +57,15 @@ def test_linear_method_contract() -> None:
     assert parameters(base.apply) == ["self", "layer", "x", "bias"]
 
 
+def test_compile_options_of_the_model_reach_inductor() -> None:
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    # Read when the model has been built, so after create_weights of its layers.
+    source = inspect.getsource(TorchCompileWithNoGuardsWrapper.__init__)
+    assert "options = vllm_config.compilation_config.inductor_compile_config" in source
+    assert "options=options" in source
+
+
 def test_linear_base_keeps_its_prefix_for_error_messages() -> None:
     assert "self.prefix = prefix" in inspect.getsource(vllm_api.LinearBase.__init__)
 

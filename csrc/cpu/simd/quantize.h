@@ -4,6 +4,7 @@
 // torch computes them, so codes equal resq_vllm.reference.quantize_activation bit for bit.
 #pragma once
 
+#include "before.h"
 #include "hadamard.h"
 #if defined(RESQ_TU_AVX512)
 #include "quantize_avx512.h"
@@ -113,8 +114,8 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
   const SegmentPlace* first = plan.segments + plan.block_segments[block_begin];
   const SegmentPlace* last = plan.segments + plan.block_segments[block_end] - 1;
   const int64_t column = first->column, columns = last->column + last->columns - column;
-  float* x = static_cast<float*>(thread_scratch(Slot::activation_row, columns * 4));
-  load_row(element(args.x, args.dtype, row * args.row_stride + column), args.dtype, columns, x);
+  float* x = static_cast<float*>(thread_scratch(Slot::activation_row, input_floats(args, columns) * 4));
+  load_input(args, row, column, columns, x);
   // The transform's division by the root is left to the quantization where that can do it faster.
   float root = 1.0f;
   if (args.hadamard.groups) {

@@ -1,0 +1,53 @@
+// A linear layer's tensors, checked and turned into the kernels' arguments: what the ops that end in a layer share.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+#include "tensors.h"
+
+namespace resq {
+
+// x [..., K] as rows with unit stride between columns.
+struct Rows {
+  Tensor tensor;
+  int64_t count, stride;
+  DType dtype;
+};
+Rows rows_of(const Tensor& x, int64_t columns, const char* name);
+
+HadamardArgs hadamard_args(int64_t groups, const std::optional<Tensor>& dense, int64_t columns);
+
+QuantizeArgs quantize_args(const Rows& rows, const LinearPlan& plan, const std::optional<Tensor>& hadamard_k);
+
+// A packed layer with n outputs; words, count: its plan (plan.h).
+struct Layer {
+  const Tensor &packed, &scales, &wsum;
+  const std::optional<Tensor>& bias;
+  int64_t n;
+  const int64_t* words;
+  int64_t count;
+  const std::optional<Tensor>& hadamard_k;
+};
+
+// The same with its plan in a tensor, which must outlive it.
+Layer planned_layer(const Tensor& packed, const Tensor& scales, const Tensor& wsum, const std::optional<Tensor>& bias,
+                    const Tensor& plan, const std::optional<Tensor>& hadamard_k);
+
+// What happens to x first. For RMSNorm: weight [K] and, where there is one, the residual stream, shaped like x, whose
+// sum with x goes to residual_out.
+struct BeforeLayer {
+  Before kind = Before::nothing;
+  const Tensor* weight = nullptr;
+  double epsilon = 0.0;
+  const Tensor* residual = nullptr;
+  Tensor* residual_out = nullptr;
+};
+
+// y [..., n] of x [..., K] ([..., 2K] before SiLU·mul), into the contiguous tensor `into` where one is given.
+Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before = {}, const Tensor* into = nullptr);
+
+}  // namespace resq
