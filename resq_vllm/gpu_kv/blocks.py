@@ -16,29 +16,33 @@ import triton
 import triton.language as tl
 
 from resq_vllm.gpu_kv.page import key_nibble_dim
+from resq_vllm.gpu_kv.scales import load_scales
 
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _float16(x):
-    return tl.minimum(tl.maximum(x.to(tl.float32), -_FLOAT16_MAX), _FLOAT16_MAX).to(tl.float16)
+def _float16(x, factor):
+    return tl.minimum(tl.maximum(x.to(tl.float32) * factor, -_FLOAT16_MAX), _FLOAT16_MAX).to(tl.float16)
 
 
 @triton.jit
-def load_query_block(rows, valid, P: tl.constexpr):
-    """Query rows as operands: float16 low [M, 8·words or 4·words] and high [M, 4·words]. rows, valid [M, 1]."""
+def load_query_block(rows, valid, scale, P: tl.constexpr):
+    """Query rows times scale (the softmax's, times log2 e): float16 low [M, 8·words or 4·words], high [M, 4·words].
+
+    rows [M, 1]: pointers to the rotated query's first dims; valid [M, 1].
+    """
     index = tl.arange(0, P.key_words * (32 // P.low_bits))[None, :]
     word = index % P.key_words
     if P.low_bits == 4:
         dim = key_nibble_dim(word, index // P.key_words)
     else:
         dim = word * 4 + index // P.key_words
-    query = (_float16(tl.load(rows + dim, mask=valid & (word < P.low_width // 4) & (dim < P.low), other=0.0)),)
+    query = (_float16(tl.load(rows + dim, mask=valid & (word < P.low_width // 4) & (dim < P.low), other=0.0), scale),)
     if P.high > 0:
         index = tl.arange(0, P.high_words * 4)[None, :]
         dim = (index % P.high_words) * 4 + index // P.high_words
-        query = query + (_float16(tl.load(rows + P.low + dim, mask=valid & (dim < P.high), other=0.0)),)
+        query = query + (_float16(tl.load(rows + P.low + dim, mask=valid & (dim < P.high), other=0.0), scale),)
     return query
 
 
@@ -59,11 +63,13 @@ def _float16_codes(words, shift, MASK: tl.constexpr):
 
 
 @triton.jit
-def _scale_zero(page, token, there, row, P: tl.constexpr):
+def _scale_zero(scales, zeros, there, row: tl.constexpr):
     """float16 [N]: scales, 0 behind the sequence's end (whatever lies there), and 1024 + zero points."""
-    scale = tl.load((page + P.scales).to(tl.pointer_type(tl.float16)) + row * P.tokens + token, mask=there, other=0.0)
-    zero = tl.load(page + P.zeros + row * P.tokens + token, mask=there, other=0).to(tl.uint16)
-    return scale, (zero | 0x6400).to(tl.float16, bitcast=True)
+    N: tl.constexpr = there.shape[0]
+    j = tl.arange(0, 4)[None, :]
+    scale = tl.reshape(scales[row][:, None] >> (16 * j).to(tl.uint64), (N,)).to(tl.uint16).to(tl.float16, bitcast=True)
+    zero = (tl.reshape(zeros[row][:, None] >> (8 * j).to(tl.uint32), (N,)) & 0xFF) | 0x6400
+    return tl.where(there, scale, 0.0), zero.to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -109,7 +115,6 @@ def attend_block(
     length,  # the sequence's tokens
     position,  # [M]: the last token a row sees
     window,
-    scale,  # of the softmax, times log2 e
     P: tl.constexpr,
     N: tl.constexpr,
     MASKED: tl.constexpr,  # False: every row sees every token of the tile
@@ -128,14 +133,14 @@ def attend_block(
         block = tl.load(table + quads // (P.tokens // 4), mask=quads * 4 < length, other=0)
         quad_page = cache + block.to(tl.int64) * cache_block
     in_page, quad = token % P.tokens, quads % (P.tokens // 4)
-    key_scale, key_zero = _scale_zero(page, in_page, there, 0, P)
+    scales, zeros = load_scales(quad_page, quad, quads * 4 < length, P)
+    key_scale, key_zero = _scale_zero(scales, zeros, there, 0)
     keys = _keys(page, in_page, key_scale, key_zero, P.low_width, P.key_words, P.low_bits)
     scores = tl.dot(query[0], keys, input_precision="ieee")
     if P.high > 0:
-        key_scale, key_zero = _scale_zero(page, in_page, there, 1, P)
+        key_scale, key_zero = _scale_zero(scales, zeros, there, 1)
         keys = _keys(page + P.key_high, in_page, key_scale, key_zero, P.high_width, P.high_words, 8)
         scores = tl.dot(query[1], keys, scores, input_precision="ieee")
-    scores *= scale
     if MASKED:
         visible = token[None, :] <= position[:, None]
         if WINDOWED:
@@ -147,11 +152,11 @@ def attend_block(
     p = tl.exp2(scores - finite[:, None])
     alpha = tl.exp2(maximum - finite)
     weight = p.to(tl.float16)
-    value_scale, value_zero = _scale_zero(page, in_page, there, P.parts, P)
+    value_scale, value_zero = _scale_zero(scales, zeros, there, P.parts)
     values = _values(quad_page + P.value_low, quad, value_scale, value_zero, P.low_width, P.lanes, P.low_bits)
     result = (tl.dot(weight, values, sums[0] * alpha[:, None], input_precision="ieee"),)
     if P.high > 0:
-        value_scale, value_zero = _scale_zero(page, in_page, there, P.parts + 1, P)
+        value_scale, value_zero = _scale_zero(scales, zeros, there, P.parts + 1)
         values = _values(quad_page + P.value_high, quad, value_scale, value_zero, P.high_width, P.high_dims, 8)
         result = result + (tl.dot(weight, values, sums[1] * alpha[:, None], input_precision="ieee"),)
     return new, total * alpha + tl.sum(p, 1), result

@@ -68,7 +68,9 @@ def _prefill(
         valid = (row < QUERIES * GROUP) & (index < queries)
         query_row = (first + index).to(tl.int64)
         query_heads = head * GROUP + row % GROUP
-        q = load_query_block(query + (query_row * query_token + query_heads * query_head)[:, None], valid[:, None], P)
+        q = load_query_block(
+            query + (query_row * query_token + query_heads * query_head)[:, None], valid[:, None], scale, P
+        )
         past = length - queries + start  # tokens before this block's first query
         position = past + row // GROUP
         last = tl.minimum(past + QUERIES, length)
@@ -93,7 +95,6 @@ def _prefill(
                     length,
                     position,
                     window,
-                    scale,
                     P,
                     N,
                     False,
@@ -102,7 +103,7 @@ def _prefill(
             begin = full
         for tile in range(begin, end):
             state = attend_block(
-                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, N, True, WINDOWED
+                q, state, pages, cache_block, table, tile * N, length, position, window, P, N, True, WINDOWED
             )
         _, total, sums = state
         factor = tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]

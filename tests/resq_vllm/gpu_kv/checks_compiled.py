@@ -73,9 +73,9 @@ def test_kernels_fit_and_use_tensor_cores(
     found = launch(head_dim, what)
     assert set(found) == {kernel, *others}
     assert found[kernel].tensor_core_instructions > 0
+    assert found[kernel].spills_in_loops == 0
     for one in found.values():
         assert one.shared <= SHARED
-        assert one.stack == 0, f"{one.name} spills {one.stack} bytes a thread"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
