@@ -2,8 +2,8 @@
 
 With 128 rows a tile's codes are used often enough to be worth two more operations each, K̂ = s·(c − z), which free
 every score from scales and zero points. The operands are float16: 1024 + c has ulp 1, so a 4- or 8-bit code is its
-mantissa, c − z is exact, the float16 scale of the page multiplies it with one rounding of 2^-11, and a probability is at
-most 1. (bf16 would round the scale itself.) Dequantized keys and values, and the query, are thus held to ±65504.
+mantissa, c − z is exact, the float16 scale of the page multiplies it with one rounding of 2^-11, and a probability is
+at most 1. (bf16 would round the scale itself.) Dequantized keys, values and the query are thus held to ±65504.
 
 Tile orders are those of resq_vllm.gpu_kv.tile, but tokens keep theirs: a word of the values is 4 neighbouring rows.
 """
@@ -34,10 +34,7 @@ def load_query_block(rows, valid, scale, P: tl.constexpr):
     """
     index = tl.arange(0, P.key_words * (32 // P.low_bits))[None, :]
     word = index % P.key_words
-    if P.low_bits == 4:
-        dim = key_nibble_dim(word, index // P.key_words)
-    else:
-        dim = word * 4 + index // P.key_words
+    dim = key_nibble_dim(word, index // P.key_words) if P.low_bits == 4 else word * 4 + index // P.key_words
     query = (_float16(tl.load(rows + dim, mask=valid & (word < P.low_width // 4) & (dim < P.low), other=0.0), scale),)
     if P.high > 0:
         index = tl.arange(0, P.high_words * 4)[None, :]

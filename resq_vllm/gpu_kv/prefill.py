@@ -84,7 +84,7 @@ def _prefill(
         else:
             # The tiles that every row sees whole need no mask.
             full = (past + 1) // N
-            for tile in range(0, full):
+            for tile in range(full):
                 state = attend_block(
                     q,
                     state,

@@ -35,10 +35,7 @@ def load_query(rows, valid, P: tl.constexpr):
     """
     index = tl.arange(0, P.key_words * (32 // P.low_bits))[:, None]
     word = index % P.key_words
-    if P.low_bits == 4:
-        dim = key_nibble_dim(word, index // P.key_words)
-    else:
-        dim = word * 4 + index // P.key_words
+    dim = key_nibble_dim(word, index // P.key_words) if P.low_bits == 4 else word * 4 + index // P.key_words
     low = loaded_bf16(tl.load(rows + dim, mask=valid & (word < P.low_width // 4) & (dim < P.low), other=0.0))
     query = (low, tl.sum(low.to(tl.float32), 0))
     if P.high > 0:
@@ -95,10 +92,7 @@ def _key_codes(base, quad, WIDTH: tl.constexpr, WORDS: tl.constexpr, BITS: tl.co
     words = tl.load(_pointers(base, (1, Q, 1)) + place, mask=word < WIDTH // 4, other=0)
     words = tl.reshape(tl.permute(words, (2, 1, 0)), (4 * Q, 1, WORDS))
     shift = (tl.arange(0, FIELDS) * BITS)[None, :, None]
-    if BITS == 4:
-        codes = nibble_plus_128(words, shift)
-    else:
-        codes = byte_value(words, shift)
+    codes = nibble_plus_128(words, shift) if BITS == 4 else byte_value(words, shift)
     return tl.reshape(codes, (4 * Q, FIELDS * WORDS))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """launch(head_dim, "write" | "decode" | "prefill"): what that compiles, by kernel."""
     compiled = compile_for(CHIP, tmp_path_factory.mktemp("cubins"))
 
+    @cache
     def run(head_dim: int, what: str) -> dict[str, Compiled]:
         compiled.clear()
         layout = KVLayout(head_dim, head_dim // 8)
