@@ -29,7 +29,10 @@ def _sequence_of(block, query_start_loc, sequences, QUERIES: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window", "sequences"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
+)
 def _prefill(
     query,  # rotated
     cache,
