@@ -69,7 +69,7 @@ def test_backend_gives_what_the_cpu_gives(
 
 
 def test_padding_of_a_captured_batch_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph for three sequences replayed for two: the third has no tokens, and as long a context as the model allows."""
+    """A graph for three sequences, captured with the longest context and replayed for two: the third has no tokens."""
     real = common([1, 1], SEQ_LENS[:2])
     starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
     padded = common(
