@@ -27,8 +27,8 @@ def check_pages(cache: torch.Tensor, page: Page, kv_heads: int) -> None:
         f"with strides {cache.stride()[2:]}",
     )
     _require(
-        cache.stride(0) % 4 == 0 and cache.stride(1) % 4 == 0,
-        f"pages of the KV cache must begin at multiples of 4 bytes; its strides are {cache.stride()[:2]}",
+        cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0 and cache.data_ptr() % 16 == 0,
+        f"pages of the KV cache must begin at multiples of 16 bytes; its strides are {cache.stride()[:2]}",
     )
 
 

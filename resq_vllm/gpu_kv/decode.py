@@ -16,6 +16,9 @@ from resq_vllm.gpu_kv.page import Page
 from resq_vllm.gpu_kv.schedule import TOKENS_PER_SPLIT, decode_tile
 from resq_vllm.gpu_kv.tile import attend, load_query, start_state, store_dims
 
+# Not worth a compilation of its own while serving: a slice of a batch begins anywhere.
+ANY_ALIGNMENT = ("partial", "log_sums", "block_table", "seq_lens", "query_start_loc")
+
 
 @triton.jit
 def _store_float(pointer, x, mask):
@@ -32,7 +35,7 @@ def _tiles(length, queries, window, splits, N: tl.constexpr, LEAST: tl.constexpr
     return begin, end, tl.maximum(tl.cdiv(end - begin, splits), LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _decode(
     query,  # rotated
     cache,
@@ -93,7 +96,7 @@ def _decode(
             tl.store(log_sums + place, maximum + tl.log2(total), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _merge(
     output,
     partial,

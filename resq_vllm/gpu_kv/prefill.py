@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from resq_vllm.gpu_kv.arithmetic import store_rounded
+from resq_vllm.gpu_kv.blocks import attend_block, load_query_block, start_block, store_block
 from resq_vllm.gpu_kv.page import Page
 from resq_vllm.gpu_kv.schedule import prefill_tile
-from resq_vllm.gpu_kv.tile import attend, load_query, start_state, store_dims
 
 
 @triton.jit
@@ -29,7 +29,10 @@ def _sequence_of(block, query_start_loc, sequences, QUERIES: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window", "sequences"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
+)
 def _prefill(
     query,  # rotated
     cache,
@@ -68,11 +71,13 @@ def _prefill(
         valid = (row < QUERIES * GROUP) & (index < queries)
         query_row = (first + index).to(tl.int64)
         query_heads = head * GROUP + row % GROUP
-        q = load_query(query + (query_row * query_token + query_heads * query_head)[None, :], valid[None, :], P)
+        q = load_query_block(
+            query + (query_row * query_token + query_heads * query_head)[:, None], valid[:, None], scale, P
+        )
         past = length - queries + start  # tokens before this block's first query
         position = past + row // GROUP
         last = tl.minimum(past + QUERIES, length)
-        state = start_state(M, P)
+        state = start_block(M, P)
         pages = cache + head.to(tl.int64) * cache_head
         table = block_table + sequence * table_row
         begin = 0
@@ -82,8 +87,8 @@ def _prefill(
         else:
             # The tiles that every row sees whole need no mask.
             full = (past + 1) // N
-            for tile in range(0, full):
-                state = attend(
+            for tile in range(full):
+                state = attend_block(
                     q,
                     state,
                     pages,
@@ -93,22 +98,20 @@ def _prefill(
                     length,
                     position,
                     window,
-                    scale,
                     P,
-                    M,
                     N,
                     False,
                     False,
                 )
             begin = full
         for tile in range(begin, end):
-            state = attend(
-                q, state, pages, cache_block, table, tile * N, length, position, window, scale, P, M, N, True, WINDOWED
+            state = attend_block(
+                q, state, pages, cache_block, table, tile * N, length, position, window, P, N, True, WINDOWED
             )
         _, total, sums = state
-        factor = tl.where(total > 0.0, 1.0 / total, 0.0)[None, :]
-        place = output + (query_row * output_token + query_heads * output_head)[None, :]
-        store_dims(place, sums, factor, valid[None, :], P, store_rounded)
+        factor = tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
+        place = output + (query_row * output_token + query_heads * output_head)[:, None]
+        store_block(place, sums, factor, valid[:, None], P, store_rounded)
 
 
 def prefill(

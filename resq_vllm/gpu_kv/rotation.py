@@ -49,7 +49,7 @@ def rotate_rows(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["query_start_loc"])
 def _rotate_query(
     query,
     output,

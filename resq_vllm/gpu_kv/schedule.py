@@ -32,7 +32,7 @@ def decode_tile(head_dim: int) -> Tile:
 
 
 def prefill_tile(head_dim: int) -> Tile:
-    return Tile(64, 64, 4, 3)
+    return Tile(128, 64, 8, 3) if head_dim <= 128 else Tile(64, 64, 4, 3)
 
 
 def decode_splits(sequences: int, kv_heads: int, num_sms: int, max_seq_len: int) -> int:

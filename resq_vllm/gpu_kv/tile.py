@@ -24,6 +24,7 @@ import triton.language as tl
 
 from resq_vllm.gpu_kv.arithmetic import as_bf16, byte_value, loaded_bf16, nibble_plus_128
 from resq_vllm.gpu_kv.page import key_nibble_dim
+from resq_vllm.gpu_kv.scales import load_scales
 
 
 @triton.jit
@@ -34,10 +35,7 @@ def load_query(rows, valid, P: tl.constexpr):
     """
     index = tl.arange(0, P.key_words * (32 // P.low_bits))[:, None]
     word = index % P.key_words
-    if P.low_bits == 4:
-        dim = key_nibble_dim(word, index // P.key_words)
-    else:
-        dim = word * 4 + index // P.key_words
+    dim = key_nibble_dim(word, index // P.key_words) if P.low_bits == 4 else word * 4 + index // P.key_words
     low = loaded_bf16(tl.load(rows + dim, mask=valid & (word < P.low_width // 4) & (dim < P.low), other=0.0))
     query = (low, tl.sum(low.to(tl.float32), 0))
     if P.high > 0:
@@ -63,37 +61,6 @@ def _tokens_of(packed, BITS: tl.constexpr, Q: tl.constexpr):
     """[4·Q], index j·Q + i: field j of ``BITS`` bits of packed [Q]."""
     shift = tl.arange(0, 4)[:, None] * BITS
     return tl.reshape(packed[None, :] >> shift.to(packed.dtype), (4 * Q,))
-
-
-@triton.jit
-def _rows(packed, P: tl.constexpr):
-    """packed [2·parts, Q] -> a tuple of its rows [Q]: keys' low (and high), values' low (and high)."""
-    Q: tl.constexpr = packed.shape[1]
-    if P.parts == 2:
-        even, odd = tl.split(tl.reshape(tl.permute(packed, (1, 0)), (Q, 2, 2)))
-        key_low, value_low = tl.split(even)
-        key_high, value_high = tl.split(odd)
-        rows = (key_low, key_high, value_low, value_high)
-    else:
-        key_low, value_low = tl.split(tl.permute(packed, (1, 0)))
-        rows = (key_low, value_low)
-    return rows
-
-
-@triton.jit
-def _load_scales(page, quad, seen, P: tl.constexpr):
-    """Scales (float16 × 4 tokens in 64 bits) and zero points (4 in 32 bits) of all parts, each a tuple of [Q].
-
-    page: pointers [Q] or one; quad [Q]: groups of 4 tokens in their page; seen [Q].
-    """
-    row = tl.arange(0, 2 * P.parts)[:, None] * (P.tokens // 4)
-    scales = (page + P.scales).to(tl.pointer_type(tl.uint64))
-    zeros = (page + P.zeros).to(tl.pointer_type(tl.uint32))
-    if page.type.is_block():
-        scales, zeros = scales[None, :], zeros[None, :]
-    scale = tl.load(scales + (row + quad[None, :]), mask=seen[None, :], other=0)
-    zero = tl.load(zeros + (row + quad[None, :]), mask=seen[None, :], other=0)
-    return _rows(scale, P), _rows(zero, P)
 
 
 @triton.jit
@@ -125,10 +92,7 @@ def _key_codes(base, quad, WIDTH: tl.constexpr, WORDS: tl.constexpr, BITS: tl.co
     words = tl.load(_pointers(base, (1, Q, 1)) + place, mask=word < WIDTH // 4, other=0)
     words = tl.reshape(tl.permute(words, (2, 1, 0)), (4 * Q, 1, WORDS))
     shift = (tl.arange(0, FIELDS) * BITS)[None, :, None]
-    if BITS == 4:
-        codes = nibble_plus_128(words, shift)
-    else:
-        codes = byte_value(words, shift)
+    codes = nibble_plus_128(words, shift) if BITS == 4 else byte_value(words, shift)
     return tl.reshape(codes, (4 * Q, FIELDS * WORDS))
 
 
@@ -219,7 +183,7 @@ def attend(
         block = tl.load(table + first // P.tokens, mask=seen, other=0)
         page = cache + block.to(tl.int64) * cache_block
         quad = (first % P.tokens) // 4
-    scales, zeros = _load_scales(page, quad, seen, P)
+    scales, zeros = load_scales(page, quad, seen, P)
     scores = _scores(query, page, quad, scales, zeros, P, Q) * scale
     if MASKED:
         visible = token[:, None] <= position[None, :]

@@ -125,7 +125,7 @@ def _pack(
         _store_scale(page, valid, token, scale, zero, part + 1, P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slot_mapping"])
 def _write(
     key,
     value,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -291,3 +295,13 @@ def test_workspace_goes_to_every_launch(
     impl.forward(layer, query, key, value, cache, builder(monkeypatch).build(0, given), torch.empty_like(query))
     assert [launch["workspace"].numel() for launch in module.launches] == [WORKSPACE_BYTES] * 2
     assert all(launch["num_sms"] == 132 for launch in module.launches)
+
+
+def test_backend_on_its_triton_kernels_gives_what_the_cpu_gives() -> None:
+    """By Triton's interpreter, which is chosen for a whole process."""
+    file = Path(__file__).with_name("checks_gpu_backend.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    assert " passed" in child.stdout

@@ -28,6 +28,7 @@ from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.fusion_pass import FuseQuantization, fuse, install
 from resq_vllm.hadamard import hadamard_matrix
 from resq_vllm.vllm_api import CompilationMode
+from tests.cuda_platform.fake import Op
 
 HIDDEN, FFN, TOKENS, EPSILON = 128, 192, 6, 1e-5
 BF16 = torch.bfloat16
@@ -205,6 +206,37 @@ def test_compiled_with_the_pass_the_results_are_the_same(function: Callable[...,
         assert F.cosine_similarity(ours.float().flatten(), theirs.float().flatten(), dim=0) > 0.999
     # The op changes its residual in place: not the caller's.
     assert all(torch.equal(a, b) for a, b in zip(given, inputs(), strict=True))
+
+
+def test_vllm_s_pass_manager_leaves_what_was_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clean-up, lowering and functionalization run after ours, and inductor compiles what they leave."""
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.config.utils import Range
+
+    left: list[list[Any]] = []
+
+    class Recording(PostGradPassManager):
+        def __call__(self, graph: fx.Graph) -> None:
+            super().__call__(graph)
+            left.append(targets(graph))
+
+    # It looks up ops of vLLM's CUDA extension.
+    monkeypatch.setattr(torch.ops, "_C", Op("_C"), raising=False)
+    config, manager = VllmConfig(device_config=DeviceConfig(device="cpu")), Recording()
+    manager.configure(config)
+    manager.add(FuseQuantization())
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"post_grad_custom_post_pass": manager, "fx_graph_cache": False}
+    with set_current_vllm_config(config), pass_context(Range(1, 8192)):
+        found, residual = torch.compile(piece, options=options, fullgraph=True)(*inputs())
+    (found_ops,) = left
+    assert found_ops.count(torch.ops.resq.rms_norm_quantize.default) == 2
+    assert found_ops.count(torch.ops.resq.silu_mul_quantize.default) == 1
+    expected, kept = piece(*inputs())
+    for ours, theirs in ((found, expected), (residual, kept)):
+        assert F.cosine_similarity(ours.float().flatten(), theirs.float().flatten(), dim=0) > 0.999
 
 
 def engine(mode: Any = CompilationMode.VLLM_COMPILE, present: Any = None) -> Any:

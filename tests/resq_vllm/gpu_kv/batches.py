@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from resq_vllm import reference
 from resq_vllm.formats.kv_layout import KVLayout
 
+# Where the kernels run: the interpreter's tensors are on the CPU.
+DEVICE = os.environ.get("RESQ_TEST_DEVICE", "cpu")
 # Processors of a small imaginary GPU: contexts are split over a few programs already.
 SMS = 4
 

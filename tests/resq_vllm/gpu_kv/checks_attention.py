@@ -1,4 +1,4 @@
-"""attention by Triton's interpreter (run by test_kernels.py): within twice the error of torch in the same precision."""
+"""attention by the interpreter or on a GPU (run by test_kernels.py): within twice the error of torch in bf16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from resq_vllm.errors import ResQError
 from resq_vllm.gpu_kv import attention, workspace_bytes
-from tests.resq_vllm.gpu_kv.batches import SMS, Batch, Sequence, Shape, batch, errors
+from tests.resq_vllm.gpu_kv.batches import DEVICE, SMS, Batch, Sequence, Shape, batch, errors
 
 MARK = 77.0
 
@@ -18,16 +18,16 @@ def attended(made: Batch, shape: Shape, window: int, longest: int, sms: int = SM
     heads, sequences = shape.heads, made.seq_lens.shape[0]
     size = workspace_bytes(sequences, heads, shape.kv_heads, shape.head_dim, sms, longest)
     # NaN: whatever a program reads of the workspace, another must have written.
-    workspace = torch.full((size // 4,), float("nan")).view(torch.uint8) if size else None
-    output = torch.full_like(made.query, MARK, memory_format=torch.contiguous_format)
+    workspace = torch.full((size // 4,), float("nan"), device=DEVICE).view(torch.uint8) if size else None
+    output = torch.full_like(made.query, MARK, memory_format=torch.contiguous_format, device=DEVICE)
     attention(
-        made.query,
-        made.cache,
+        made.query.to(DEVICE),
+        made.cache.to(DEVICE),
         output,
-        made.block_table,
-        made.seq_lens,
-        made.query_start_loc,
-        made.rotation,
+        made.block_table.to(DEVICE),
+        made.seq_lens.to(DEVICE),
+        made.query_start_loc.to(DEVICE),
+        made.rotation.to(DEVICE),
         shape.head_dim**-0.5,
         shape.high,
         shape.low_bits,
@@ -37,7 +37,7 @@ def attended(made: Batch, shape: Shape, window: int, longest: int, sms: int = SM
         workspace,
         num_sms=sms,
     )
-    return output
+    return output.cpu()
 
 
 def hold(shape: Shape, sequences: list[Sequence], window: int = -1, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """launch(head_dim, "write" | "decode" | "prefill"): what that compiles, by kernel."""
     compiled = compile_for(CHIP, tmp_path_factory.mktemp("cubins"))
 
+    @cache
     def run(head_dim: int, what: str) -> dict[str, Compiled]:
         compiled.clear()
         layout = KVLayout(head_dim, head_dim // 8)
@@ -73,9 +74,9 @@ def test_kernels_fit_and_use_tensor_cores(
     found = launch(head_dim, what)
     assert set(found) == {kernel, *others}
     assert found[kernel].tensor_core_instructions > 0
+    assert found[kernel].spills_in_loops == 0
     for one in found.values():
         assert one.shared <= SHARED
-        assert one.stack == 0, f"{one.name} spills {one.stack} bytes a thread"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

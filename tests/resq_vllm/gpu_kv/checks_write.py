@@ -1,4 +1,4 @@
-"""kv_write by Triton's interpreter (run by test_kernels.py): the reference's bytes."""
+"""kv_write by Triton's interpreter or on a GPU (run by test_kernels.py): the reference's bytes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,28 @@ from hypothesis import strategies as st
 from resq_vllm import reference
 from resq_vllm.errors import ResQError
 from resq_vllm.gpu_kv import kv_write
-from tests.resq_vllm.gpu_kv.batches import Shape, fused, rotation
+from tests.resq_vllm.gpu_kv.batches import DEVICE, Shape, fused, rotation
 
 TOKENS = 6
+
+
+def written_there(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    turn: torch.Tensor | None,
+    high: int,
+    low_bits: int,
+) -> torch.Tensor:
+    """The cache after kv_write on DEVICE."""
+    there = cache.to(DEVICE)
+    # A strided view stays one: both lie in the same storage here as there.
+    qkv = torch.cat((key, value), 1).to(DEVICE)
+    moved = None if turn is None else turn.to(DEVICE)
+    heads = key.shape[1]
+    kv_write(qkv[:, :heads], qkv[:, heads:], there, slots.to(DEVICE), moved, high, low_bits)
+    return there.cpu()
 
 
 def written(shape: Shape, slots: list[int], dtype: torch.dtype, turned: bool, seed: int = 0) -> list[torch.Tensor]:
@@ -23,7 +42,7 @@ def written(shape: Shape, slots: list[int], dtype: torch.dtype, turned: bool, se
     blocks = torch.full((3, shape.kv_heads, shape.block, shape.layout.bytes_per_token), 0xA5, dtype=torch.uint8)
     found, expected = blocks.clone(), blocks.clone()
     slot_mapping = torch.tensor(slots)
-    kv_write(key, value, found, slot_mapping, turn, shape.high, shape.low_bits)
+    found = written_there(key, value, found, slot_mapping, turn, shape.high, shape.low_bits)
     reference.kv_write(key, value, expected, slot_mapping, turn, shape.layout)
     return [found, expected]
 
@@ -79,7 +98,7 @@ def test_zeros_get_scale_one_and_a_large_value_saturates() -> None:
     key = torch.zeros(2, 1, 64)
     key[1, 0, 3], key[1, 0, 60] = 3e7, -3e7
     found, expected = torch.zeros(2, 1, 1, 16, shape.layout.bytes_per_token, dtype=torch.uint8)
-    kv_write(key, -key, found, torch.tensor([2, 7]), None, 8, 4)
+    found = written_there(key, -key, found, torch.tensor([2, 7]), None, 8, 4)
     reference.kv_write(key, -key, expected, torch.tensor([2, 7]), None, shape.layout)
     assert torch.equal(found, expected)
 
@@ -89,7 +108,9 @@ def test_pages_of_a_strided_cache() -> None:
     _, key, value = fused(2, shape, torch.float32, torch.Generator().manual_seed(1))
     layers = torch.zeros(4, 2, 3, 16, shape.layout.bytes_per_token, dtype=torch.uint8)  # [blocks, heads, layers, …]
     expected = torch.zeros(4, 2, 16, shape.layout.bytes_per_token, dtype=torch.uint8)
-    kv_write(key, value, layers[:, :, 1], torch.tensor([50, 3]), None, 8, 4)
+    layers = layers.to(DEVICE)
+    kv_write(key.to(DEVICE), value.to(DEVICE), layers[:, :, 1], torch.tensor([50, 3], device=DEVICE), None, 8, 4)
+    layers = layers.cpu()
     reference.kv_write(key, value, expected, torch.tensor([50, 3]), None, shape.layout)
     assert torch.equal(layers[:, :, 1], expected)
     assert not layers[:, :, 0].any()

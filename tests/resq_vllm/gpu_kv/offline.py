@@ -23,17 +23,34 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch. shared: bytes of shared memory; stack: bytes a thread spills; sass: the machine code."""
+    """One launch. shared: bytes of shared memory; sass: the machine code."""
 
     name: str
     shared: int
     registers: int
-    stack: int
     sass: str
 
     @property
     def tensor_core_instructions(self) -> int:
         return len(re.findall(r"\b(HMMA|HGMMA)", self.sass))
+
+    @property
+    def spills_in_loops(self) -> int:
+        """Instructions on local memory between a loop's first instruction and its branch back."""
+        labels: dict[str, int] = {}
+        code: list[str] = []
+        spans: list[tuple[int, int]] = []
+        for line in self.sass.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+                code.append(instruction[1])
+                back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+                if back and back[1] in labels:
+                    spans.append((labels[back[1]], len(code)))
+        assert spans, "the machine code has no loop"
+        inside = {i for begin, end in spans for i in range(begin, end)}
+        return sum(bool(re.search(r"\b(LDL|STL)\b", code[i])) for i in inside)
 
     @property
     def bytes_a_copy(self) -> set[int]:
@@ -77,10 +94,10 @@ def compile_for(chip: int, folder: Path) -> list[Compiled]:
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
         cubin = folder / f"{len(compiled)}.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
+        usage = re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
         assert usage is not None
         sass = _tool("nvdisasm", "-c", str(cubin))
-        compiled.append(Compiled(self.fn.__name__, kernel.metadata.shared, int(usage[1]), int(usage[2]), sass))
+        compiled.append(Compiled(self.fn.__name__, kernel.metadata.shared, int(usage[1]), sass))
         return kernel
 
     jit.JITFunction.run = run

@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
 
 def run_checks(file: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # One thread: the interpreter multiplies small numpy matrices.
     child = subprocess.run(
@@ -41,3 +42,9 @@ def test_interpreted_kernels_equal_the_reference(file: str) -> None:
 @pytest.mark.parametrize("chip", [80, 90])
 def test_kernels_compile_for_gpus(chip: int) -> None:
     run_checks("checks_compiled.py", RESQ_TEST_CHIP=str(chip))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("file", ["checks_write.py", "checks_attention.py", "checks_graph.py"])
+def test_kernels_on_a_gpu_equal_the_reference(file: str) -> None:
+    run_checks(file, RESQ_TEST_DEVICE="cuda")

@@ -1,0 +1,43 @@
+"""How decode batches are cut over a GPU, and the workspace planned for them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resq_vllm.gpu_kv.schedule import DECODE_ROWS, MAX_SPLITS, decode_splits, split_bytes, workspace_bytes
+
+
+@given(
+    sequences=st.integers(1, 1024),
+    more=st.integers(0, 512),
+    kv_heads=st.sampled_from([1, 2, 4, 8, 16]),
+    group=st.sampled_from([1, 4, 7, 8]),
+    queries=st.integers(1, 4),
+    head_dim=st.sampled_from([64, 96, 128, 256]),
+    num_sms=st.integers(1, 160),
+    length=st.integers(1, 200_000),
+)
+def test_the_planned_workspace_holds_every_smaller_batch(
+    sequences: int, more: int, kv_heads: int, group: int, queries: int, head_dim: int, num_sms: int, length: int
+) -> None:
+    splits = decode_splits(sequences, kv_heads, num_sms, length)
+    assert 1 <= splits <= MAX_SPLITS
+    heads = kv_heads * group
+    planned = workspace_bytes(sequences + more, heads, kv_heads, head_dim, num_sms, queries)
+    if queries * group <= DECODE_ROWS:
+        assert split_bytes(sequences, splits, heads, head_dim, queries) <= planned
+
+
+def test_splits_of_an_h200() -> None:
+    def splits(batch: int, length: int = 32768) -> int:
+        return decode_splits(batch, 8, 132, length)
+
+    assert [splits(batch) for batch in (1, 4, 16, 32, 64, 512)] == [64, 16, 4, 2, 1, 1]
+    assert [splits(1, length) for length in (1, 256, 257, 4096)] == [1, 1, 2, 16]
+
+
+def test_workspace_of_an_8b_model_is_small_and_zero_where_nothing_is_split() -> None:
+    assert 0 < workspace_bytes(512, 32, 8, 128, 132) < 2 << 20
+    assert workspace_bytes(512, 32, 8, 128, 132) == workspace_bytes(64, 32, 8, 128, 132)
+    assert workspace_bytes(512, 32, 8, 128, 0) == 0
