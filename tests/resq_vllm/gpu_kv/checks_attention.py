@@ -133,9 +133,11 @@ def test_a_batchs_prefills_alone_give_the_rows_of_the_whole() -> None:
     assert torch.equal(rest[1:21], whole[1:21])
 
 
-def test_splits_agree_with_one_program() -> None:
-    shape = Shape(64, 8, 4, 4, 1, 16)
-    made = batch(shape, [Sequence(700, 1)], torch.bfloat16)
+def test_more_splits_than_a_merge_takes_at_a_time_agree_with_one_program() -> None:
+    shape = Shape(64, 8, 4, 4, 1, 64)
+    page = batch(shape, [Sequence(64, 1)], torch.bfloat16)
+    table, length = page.block_table[:, :1].repeat(1, 66), torch.tensor([4200], dtype=torch.int32)
+    made = Batch(page.cache, table, length, page.query_start_loc, page.rotation, page.query)
     one, many = attended(made, shape, -1, 1, sms=0), attended(made, shape, -1, 1, sms=16)
     torch.testing.assert_close(one, many, rtol=2**-7, atol=1e-3)
 
