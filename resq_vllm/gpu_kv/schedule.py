@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Programs that are resident at a time on one processor, by their registers and shared memory; one wave of them.
-PROGRAMS_PER_SM = 4
-MAX_SPLITS = 64
-# Fewer tokens a program do not repay its start and the merge.
-TOKENS_PER_SPLIT = 256
+# Decode programs, of one warp each, that are resident at a time on one processor by their registers (up to 248 a
+# thread) and shared memory (24 KiB): one wave of them.
+PROGRAMS_PER_SM = 8
+MAX_SPLITS = 128
+# One tile: while processors are free, more programs are quicker than longer ones (a tile is 2500 instructions).
+TOKENS_PER_SPLIT = 64
 # Rows of the decode kernel: the least tensor-core tile.
 DECODE_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows M and tokens N a program works on at a time, its warps, and the stages of its loads."""
+    """Query rows M at most and tokens N a program works on at a time, its warps, and the stages of its loads.
+
+    A stage goes to the page's number, which the other loads wait for: 5 stages hold two tiles, 3 stages one.
+    """
 
     rows: int
     tokens: int

@@ -108,7 +108,7 @@ sequence = st.builds(lambda past, queries: Sequence(past + queries, queries), st
     sequences=st.lists(sequence, min_size=1, max_size=3),
     window=st.sampled_from([-1, -1, 25]),
 )
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_any_batch(
     head_dim: int,
     eighths: int,
@@ -133,11 +133,17 @@ def test_a_batchs_prefills_alone_give_the_rows_of_the_whole() -> None:
     assert torch.equal(rest[1:21], whole[1:21])
 
 
-def test_splits_agree_with_one_program() -> None:
-    shape = Shape(64, 8, 4, 4, 1, 16)
-    made = batch(shape, [Sequence(700, 1)], torch.bfloat16)
-    one, many = attended(made, shape, -1, 1, sms=0), attended(made, shape, -1, 1, sms=16)
-    torch.testing.assert_close(one, many, rtol=2**-7, atol=1e-3)
+@pytest.mark.parametrize("last", [0, 1])
+def test_more_splits_than_a_merge_takes_at_a_time(last: int) -> None:
+    shape = Shape(64, 8, 4, 4, 1, 64)
+    pages = batch(shape, [Sequence(128, 1)], torch.bfloat16)
+    # Either page's largest score comes first in one of the two orders.
+    order = torch.full((1, 66), 1 - last)
+    order[:, 64:] = last
+    table, length = pages.block_table[:, order[0]], torch.tensor([4200], dtype=torch.int32)
+    made = Batch(pages.cache, table, length, pages.query_start_loc, pages.rotation, 3 * pages.query)
+    found, allowed = errors(made, shape, attended(made, shape, -1, 1, sms=16), -1)
+    assert found <= 2 * allowed
 
 
 def test_refusals() -> None:
