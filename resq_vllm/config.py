@@ -61,7 +61,7 @@ class ResQConfig(QuantizationConfig):
         self.kv_layers: dict[str, KVDecision] = {}
         self.linear_bits = LinearBits()
         self.lm_head = ""
-        # On a GPU: whether norm and activation go into quantization (resq_vllm.fusion_pass).
+        # On a GPU: whether norm and activation go into quantization (resq_vllm.fusion_gpu).
         self.fusion = ""
 
     def get_name(self) -> str:

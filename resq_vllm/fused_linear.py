@@ -3,7 +3,7 @@
 A layer is its arguments of :func:`resq_vllm.ops.linear_planned` after x: packed, scales, wsum, bias, plan, hadamard_k.
 Results are rounded to x's dtype where the separate ops round: the sum, the normed row, its product with the weight,
 SiLU and its product (reference.add_rms_norm and silu_mul). The ops raise RuntimeError with one sentence on bad input.
-:mod:`resq_vllm.fusion` puts them into vLLM's graphs.
+:mod:`resq_vllm.fusion_cpu` puts them into vLLM's graphs.
 """
 
 from __future__ import annotations

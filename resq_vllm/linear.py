@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_vllm import cuda, fusion, low_rank, ops
+from resq_vllm import cuda, fusion_cpu, low_rank, ops
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
@@ -104,11 +104,11 @@ class ResQLinearMethod(LinearMethodBase):
         engine = get_current_vllm_config()
         layer.resq_dummy = engine.load_config.load_format == "dummy"
         if current_platform.is_cuda():
-            from resq_vllm.fusion_pass import install
+            from resq_vllm.fusion_gpu import install
 
             self.config.fusion = install(engine)
         elif current_platform.is_cpu():
-            fusion.enable(engine)
+            fusion_cpu.install(engine)
         self.tally(plan, outputs, len(output_partition_sizes))
 
     def tally(self, plan: LinearPlan, outputs: int, modules: int) -> None:
@@ -252,7 +252,7 @@ def _fill_dummy(layer: LinearBase, plan: LinearPlan) -> None:
 
 
 def kernels_of(device: torch.device, fusion: str = "") -> str:
-    """What the start-up line says of the kernels for weights on ``device``; fusion: what resq_vllm.fusion_pass says.
+    """What the start-up line says of the kernels for weights on ``device``; fusion: what resq_vllm.fusion_gpu says.
 
     Raises ResQError with one sentence where the device is a GPU that the CUDA kernels of this build cannot run on.
     """

@@ -189,7 +189,7 @@ def test_both_runners_ask_the_backend_for_layout_and_page() -> None:
 
 
 def test_compiler_pass_contract() -> None:
-    """resq_vllm.fusion_pass: where a pass is handed in, and what of the graph it may rely on."""
+    """resq_vllm.fusion_gpu: where a pass is handed in, and what of the graph it may rely on."""
     import vllm.ir.ops  # noqa: F401  (registers them)
     from vllm.compilation import backends
     from vllm.compilation.passes import pass_manager

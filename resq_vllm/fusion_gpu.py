@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,11 +23,9 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resq_vllm import fused, quantized_linear  # noqa: F401  (their fake implementations)
+from resq_vllm.fusion import SWITCH, switched_off
 from resq_vllm.log import log_once
 from resq_vllm.vllm_api import CompilationMode, InductorPass, VllmConfig, current_platform
-
-# "0" leaves the graph alone, for measurements.
-SWITCH = "RESQ_FUSE"
 
 # Arguments of resq::linear, whose last may be left out of a node.
 _LINEAR = (
@@ -52,7 +49,7 @@ def install(config: VllmConfig) -> str:
     Called for every linear layer: a second call changes nothing.
     """
     compilation = config.compilation_config
-    if os.environ.get(SWITCH) == "0":
+    if switched_off():
         return f"not fused into quantization, as {SWITCH}=0 says"
     if compilation.mode != CompilationMode.VLLM_COMPILE:
         return "not fused into quantization, since torch.compile is off"

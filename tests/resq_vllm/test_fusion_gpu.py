@@ -21,11 +21,11 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resq_vllm import fusion_pass, ops, reference
+from resq_vllm import fusion_gpu, ops, reference
 from resq_vllm.formats.activations import activation_layout
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
-from resq_vllm.fusion_pass import FuseQuantization, fuse, install
+from resq_vllm.fusion_gpu import FuseQuantization, fuse, install
 from resq_vllm.hadamard import hadamard_matrix
 from resq_vllm.vllm_api import CompilationMode
 from tests.cuda_platform.fake import Op
@@ -268,15 +268,15 @@ def test_pass_is_a_key_of_the_compile_cache(monkeypatch: pytest.MonkeyPatch, tmp
     one = FuseQuantization()
     before = one.uuid()
     assert before == deepcopy(one).uuid() == pickle.loads(pickle.dumps(one)).uuid()
-    changed = tmp_path / "fusion_pass.py"
+    changed = tmp_path / "fusion_gpu.py"
     changed.write_text("another source")
-    monkeypatch.setattr(fusion_pass, "__file__", str(changed))
+    monkeypatch.setattr(fusion_gpu, "__file__", str(changed))
     assert FuseQuantization().uuid() != before
 
 
 def test_what_was_fused_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(fusion_pass, "log_once", lambda level, message: lines.append(message))
+    monkeypatch.setattr(fusion_gpu, "log_once", lambda level, message: lines.append(message))
     FuseQuantization()(traced(piece).graph)
     FuseQuantization()(traced(swapped_piece).graph)
     assert lines == ["ResQ: 2 RMSNorm and 1 SiLU·mul fused into quantization in a compiled piece"]

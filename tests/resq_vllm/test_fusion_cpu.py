@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from vllm import ir
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from resq_vllm import fusion
+from resq_vllm import fusion_cpu
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import linear_plan
 from tests.csrc.support import Weights
@@ -55,7 +55,7 @@ def compiled(function: Linear, x: torch.Tensor) -> tuple[list[str], torch.Tensor
     """The names of our ops after the pass, in order, and the result."""
     names: list[str] = []
 
-    class Recorded(fusion.FuseDecoder):
+    class Recorded(fusion_cpu.FuseDecoder):
         def __call__(self, graph: Graph) -> None:
             super().__call__(graph)
             graph.lint()
@@ -65,7 +65,7 @@ def compiled(function: Linear, x: torch.Tensor) -> tuple[list[str], torch.Tensor
             return ""
 
     torch.compiler.reset()
-    options: dict[str, Any] = {fusion.OPTION: Recorded(), "fx_graph_cache": False}
+    options: dict[str, Any] = {fusion_cpu.OPTION: Recorded(), "fx_graph_cache": False}
     return names, torch.compile(function, fullgraph=True, options=options)(x)
 
 
@@ -129,25 +129,25 @@ def test_gate_and_up_in_other_order_or_of_two_tensors_stay() -> None:
 
 
 def test_a_changed_pass_is_another_one_for_the_caches() -> None:
-    assert isinstance(fusion.FuseDecoder().uuid(), str)  # vLLM puts it into JSON
-    assert fusion.FuseDecoder().uuid() == fusion.FuseDecoder().uuid()
+    assert isinstance(fusion_cpu.FuseDecoder().uuid(), str)  # vLLM puts it into JSON
+    assert fusion_cpu.FuseDecoder().uuid() == fusion_cpu.FuseDecoder().uuid()
 
 
 def test_enabling_keeps_a_pass_that_is_configured(caplog: pytest.LogCaptureFixture) -> None:
     config = SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config={}))
-    fusion.enable(config)
-    fusion.enable(config)
-    assert isinstance(config.compilation_config.inductor_compile_config[fusion.OPTION], fusion.FuseDecoder)
+    fusion_cpu.install(config)
+    fusion_cpu.install(config)
+    assert isinstance(config.compilation_config.inductor_compile_config[fusion_cpu.OPTION], fusion_cpu.FuseDecoder)
 
     def other(graph: Graph) -> Node | None:
         return None
 
-    config.compilation_config.inductor_compile_config[fusion.OPTION] = other
+    config.compilation_config.inductor_compile_config[fusion_cpu.OPTION] = other
     logger = logging.getLogger("vllm.resq")
     logger.addHandler(caplog.handler)
     try:
-        fusion.enable(config)
+        fusion_cpu.install(config)
     finally:
         logger.removeHandler(caplog.handler)
-    assert config.compilation_config.inductor_compile_config[fusion.OPTION] is other
+    assert config.compilation_config.inductor_compile_config[fusion_cpu.OPTION] is other
     assert "are not fused" in caplog.text
