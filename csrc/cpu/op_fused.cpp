@@ -1,4 +1,5 @@
-// torch.ops.resq.norm_linear, silu_linear, decoder_mlp, between_attentions: linear layers with what a decoder does to their input.
+// torch.ops.resq.norm_linear, silu_linear, decoder_mlp and between_attentions: linear layers with what a decoder does to
+// their input.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
