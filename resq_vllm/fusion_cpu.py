@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from resq_vllm import fused_linear  # noqa: F401  (registers the fused ops' shapes)
 from resq_vllm.fusion import SWITCH, switched_off
 from resq_vllm.log import log_once
+from resq_vllm.vllm_api import CompilationMode
 
 if TYPE_CHECKING:
     from resq_vllm.vllm_api import VllmConfig
@@ -34,6 +35,9 @@ def install(config: VllmConfig) -> None:
     """Have the compilation of this model run the pass; one that was configured before stays in its place."""
     if switched_off():
         log_once(logging.INFO, f"ResQ: norms and activations are not fused, as {SWITCH}=0 says")
+        return
+    if config.compilation_config.mode == CompilationMode.NONE:
+        log_once(logging.INFO, "ResQ: norms and activations are not fused, since torch.compile is off")
         return
     options = config.compilation_config.inductor_compile_config
     if not isinstance(options.setdefault(OPTION, FuseDecoder()), FuseDecoder):

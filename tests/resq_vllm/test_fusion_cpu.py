@@ -16,6 +16,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from resq_vllm import fusion_cpu
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import linear_plan
+from resq_vllm.vllm_api import CompilationMode
 from tests.csrc.support import Weights
 
 HIDDEN, INTERMEDIATE, EPSILON = 128, 256, 1e-5
@@ -134,7 +135,8 @@ def test_a_changed_pass_is_another_one_for_the_caches() -> None:
 
 
 def test_enabling_keeps_a_pass_that_is_configured(caplog: pytest.LogCaptureFixture) -> None:
-    config = SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config={}))
+    compilation = SimpleNamespace(inductor_compile_config={}, mode=CompilationMode.DYNAMO_TRACE_ONCE)
+    config = SimpleNamespace(compilation_config=compilation)
     fusion_cpu.install(config)
     fusion_cpu.install(config)
     assert isinstance(config.compilation_config.inductor_compile_config[fusion_cpu.OPTION], fusion_cpu.FuseDecoder)
@@ -151,3 +153,12 @@ def test_enabling_keeps_a_pass_that_is_configured(caplog: pytest.LogCaptureFixtu
         logger.removeHandler(caplog.handler)
     assert config.compilation_config.inductor_compile_config[fusion_cpu.OPTION] is other
     assert "are not fused" in caplog.text
+
+
+def test_nothing_is_installed_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilation = SimpleNamespace(inductor_compile_config={}, mode=CompilationMode.NONE)
+    fusion_cpu.install(SimpleNamespace(compilation_config=compilation))
+    compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    monkeypatch.setenv("RESQ_FUSE", "0")
+    fusion_cpu.install(SimpleNamespace(compilation_config=compilation))
+    assert compilation.inductor_compile_config == {}
