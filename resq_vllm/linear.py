@@ -14,7 +14,7 @@ from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
 from resq_vllm.hadamard import hadamard_matrix
 from resq_vllm.log import log_once
-from resq_vllm.memory import release_freed
+from resq_vllm.memory import keep_freed_blocks, release_freed
 from resq_vllm.quantized_linear import cuda_kernel
 from resq_vllm.reference import weight_scale_rows
 from resq_vllm.vllm_api import (
@@ -147,6 +147,8 @@ class ResQLinearMethod(LinearMethodBase):
         _parameter(layer, low_rank.SECOND, None if second is None else low_rank.join(second, layer.resq_output_sizes))
         del layer.resq_loads, low, high, scales
         release_freed()
+        if packed.device.type == "cpu":
+            keep_freed_blocks()
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N]: Hadamard, activation quantization and both GEMM parts in one op, then A and B."""

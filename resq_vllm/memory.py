@@ -6,7 +6,8 @@ import ctypes
 from functools import cache
 
 LARGE_BLOCK = 1 << 20
-_M_MMAP_THRESHOLD = -3  # malloc.h
+KEPT_BLOCK, KEPT_MEMORY = 32 << 20, 256 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @cache
@@ -34,3 +35,15 @@ def return_large_blocks() -> None:
     set_option = _glibc("mallopt")
     if set_option is not None:
         set_option(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def keep_freed_blocks() -> None:
+    """From now on, up to 256 MiB of freed memory are kept for the next blocks of up to 32 MiB.
+
+    By itself glibc gives the end of the heap back whenever some 24 MiB of it are free. In a batch of 2048 prompt tokens
+    the outputs of every layer then come from the system and go back to it: 8 % of the time (1B shape, 16 streams).
+    """
+    set_option = _glibc("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, KEPT_BLOCK)
+        set_option(_M_TRIM_THRESHOLD, KEPT_MEMORY)
