@@ -73,6 +73,10 @@ STABLE_TORCH_LIBRARY(resq, m) {
   m.def(
       "attention(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, Tensor? rotation, float scale, int high, int low_bits, int sliding_window) -> ()");
+  m.def(
+      "kv_write_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor(b!) out, "
+      "Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor? rotation, float scale, "
+      "int high, int low_bits, int sliding_window) -> ()");
   m.def("prefer_huge_pages(Tensor x) -> ()");
   m.def("attention_kernels(str dtype, int head_dim, int high, int low_bits) -> str");
   m.def("isa() -> str");
@@ -91,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("hadamard", TORCH_BOX(&resq::hadamard));
   m.impl("kv_write", TORCH_BOX(&resq::kv_write));
   m.impl("attention", TORCH_BOX(&resq::attention));
+  m.impl("kv_write_attention", TORCH_BOX(&resq::kv_write_attention));
   m.impl("prefer_huge_pages", TORCH_BOX(static_cast<void (*)(const resq::Tensor&)>(&resq::prefer_huge_pages)));
 }
 

@@ -72,6 +72,12 @@ void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, c
                const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
                double scale, int64_t high, int64_t low_bits, int64_t sliding_window);
 
+// kv_write, then attention of the same tokens: one call a layer.
+void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                        const Tensor& out, const Tensor& slot_mapping, const Tensor& block_table,
+                        const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+                        double scale, int64_t high, int64_t low_bits, int64_t sliding_window);
+
 // Which kernels attend for a model of `dtype` ("bfloat16", "float16" or "float32"), in words.
 std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits);
 

@@ -1,9 +1,9 @@
 """Attention over the packed KV cache: backend, metadata, builder and impl, for vLLM's V1 and V2 runners.
 
 One backend class per page layout, since vLLM asks the class (not the layer) how large a page is. K is rotated by U_C,
-quantized and packed by ``do_kv_cache_update``; ``forward`` attends every query token over the packed pages, its own
-token's included, so prefill, chunked prefill, prefix-cache hits and decode agree. The kernels are those of the platform
-(resq_vllm.attention_kernels).
+quantized and packed, on GPUs by ``do_kv_cache_update``, on CPUs at the begin of ``forward``; that attends every query
+token over the packed pages, its own token's included, so prefill, chunked prefill, prefix-cache hits and decode agree.
+The kernels are those of the platform (resq_vllm.attention_kernels).
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class ResQAttentionBackend(AttentionBackend):
     """Base of the per-layout backends; ``layout`` is set by :func:`packed_backend`."""
 
     layout: ClassVar[KVLayout]
-    forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
@@ -87,7 +86,11 @@ def packed_backend(layout: KVLayout) -> type[ResQAttentionBackend]:
     """The backend class for pages of ``layout``: one per layout, named for it, as vLLM groups layers by class name."""
     impl_name, name = (f"{kind}_{layout.head_dim}_{layout.high}_{layout.low_bits}" for kind in ("Impl", "Backend"))
     impl = type(f"ResQAttention{impl_name}", (ResQAttentionImpl,), {"layout": layout})
-    body = {"layout": layout, "get_impl_cls": staticmethod(lambda: impl)}
+    body = {
+        "layout": layout,
+        "get_impl_cls": staticmethod(lambda: impl),
+        "forward_includes_kv_cache_update": kernels().forward_writes,
+    }
     return type(f"ResQAttention{name}", (ResQAttentionBackend,), body)
 
 
@@ -216,6 +219,7 @@ class ResQAttentionImpl(AttentionImpl):
     ) -> torch.Tensor:
         """Attention of query [T, H, hd] over the packed pages into output [T, H, hd], which is returned.
 
+        Where the backend says ``forward_includes_kv_cache_update``, key and value are packed first.
         Raises ResQError when asked to quantize its output.
         """
         if output_scale is not None or output_block_scale is not None:
@@ -224,9 +228,9 @@ class ResQAttentionImpl(AttentionImpl):
             # vLLM's memory profiling, when no cache is bound yet, and its warm-up.
             self._prepare(kv_cache)
             return output.fill_(0)
-        self.kernels.attend(
-            query, kv_cache, output, attn_metadata, layer.key_rotation, self.scale, self.heads, self.sliding_window
-        )
+        self._prepare(kv_cache)
+        of_layer = layer.key_rotation, self.scale, self.heads, self.sliding_window
+        self.kernels.forward(query, key, value, kv_cache, output, attn_metadata, *of_layer)
         return output
 
 

@@ -59,6 +59,8 @@ class CPUKernels:
     preferred_block_size: int | None = None
     # Without one, the runner leaves the order of a batch alone.
     decode_query_len: int | None = None
+    # Python's share of a decode step counts: one op a layer writes and attends.
+    forward_writes = True
 
     def problem(self, heads: Heads) -> str | None:
         """Why such a layer cannot be packed here, as an object of "does not support"; None when it can."""
@@ -92,9 +94,11 @@ class CPUKernels:
         """Pack key and value [T, Hkv, hd] into their slots, as ops.kv_write describes."""
         ops.kv_write(key, value, kv_cache, slot_mapping, rotation, layout.high, layout.low_bits)
 
-    def attend(
+    def forward(
         self,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         kv_cache: torch.Tensor,
         output: torch.Tensor,
         batch: ResQMetadata,
@@ -103,13 +107,16 @@ class CPUKernels:
         heads: Heads,
         window: int,
     ) -> None:
-        """Attention of the batch's tokens, as ops.attention describes; rows of padding are left alone."""
-        if query.shape[0] != batch.tokens:  # padded; two slices take 1.4 of a call's 9 microseconds
+        """Write the batch's tokens and attend for them, as ops.kv_write_attention describes; padding is left alone."""
+        if query.shape[0] != batch.tokens:  # two slices take 1.4 of a call's 9 microseconds
             query, output = query[: batch.tokens], output[: batch.tokens]
-        ops.attention(
+        ops.kv_write_attention(
             query,
+            key,
+            value,
             kv_cache,
             output,
+            batch.slot_mapping,
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,
@@ -129,6 +136,7 @@ class GPUKernels:
     # Four tiles of 16 tokens: planes of a page are read in longer pieces than with vLLM's default of one tile.
     preferred_block_size: int | None = 64
     decode_query_len: int | None = 1
+    forward_writes = False
 
     def __init__(self) -> None:
         self._workspaces: dict[torch.device, torch.Tensor] = {}
@@ -187,9 +195,11 @@ class GPUKernels:
     ) -> None:
         _module().kv_write(key, value, kv_cache, slot_mapping, rotation, layout.high, layout.low_bits)
 
-    def attend(
+    def forward(
         self,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         kv_cache: torch.Tensor,
         output: torch.Tensor,
         batch: ResQMetadata,
@@ -198,6 +208,7 @@ class GPUKernels:
         heads: Heads,
         window: int,
     ) -> None:
+        """Attend for the batch's tokens, which :meth:`write` has packed."""
         attention, workspace = _module().attention, self._workspaces.get(query.device)
         for part in batch.parts:
             attention(

@@ -209,6 +209,41 @@ def attention(
     )
 
 
+def kv_write_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    rotation: torch.Tensor | None,
+    scale: float,
+    high: int,
+    low_bits: int,
+    sliding_window: int = -1,
+) -> None:
+    """:func:`kv_write`, then :func:`attention`: a call less a layer, which in a decode step counts."""
+    torch.ops.resq.kv_write_attention.default(
+        query,
+        key,
+        value,
+        kv_cache,
+        out,
+        slot_mapping,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        rotation,
+        scale,
+        high,
+        low_bits,
+        sliding_window,
+    )
+
+
 # --- shapes for torch.compile -----------------------------------------------------------------------------------------
 @torch.library.register_fake("resq::linear")
 def _linear_fake(
@@ -309,6 +344,26 @@ def _attention_fake(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     out: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    rotation: torch.Tensor | None,
+    scale: float,
+    high: int,
+    low_bits: int,
+    sliding_window: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("resq::kv_write_attention")
+def _kv_write_attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    slot_mapping: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,

@@ -1,4 +1,4 @@
-// torch.ops.resq.kv_write and attention: checks, then the kernels.
+// torch.ops.resq.kv_write, attention and both in one: checks, then the kernels.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -207,6 +207,15 @@ void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, c
     }
   }
   run_attention(args, batch);
+}
+
+void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                        const Tensor& out, const Tensor& slot_mapping, const Tensor& block_table,
+                        const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+                        double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
+  kv_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits);
+  attention(query, kv_cache, out, block_table, seq_lens, query_start_loc, rotation, scale, high, low_bits,
+            sliding_window);
 }
 
 std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits) {

@@ -234,6 +234,23 @@ def test_more_heads_than_a_tile_has_rows() -> None:
     Batch(KVLayout(32, 4), [(40, 3)], 1, 71, 16, seed=7).run()
 
 
+def test_writing_and_attending_is_both_ops() -> None:
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=generator(30)))[0].contiguous()
+    key, value, query = (torch.randn(20, heads, 64, generator=generator(31)).bfloat16() for heads in (2, 2, 8))
+    slots = torch.cat([torch.arange(19) + 32, torch.tensor([-1])])
+    table, lens, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[2, 3]], [19], [0, 19]))
+    batch = (table, lens, starts, rotation, 0.125, 8, 4, -1)
+    one, two = (random_cache(KVLayout(64, 8), 4, 2, 16, 32) for _ in range(2))
+    expected, out = (torch.zeros(19, 8, 64, dtype=torch.bfloat16) for _ in range(2))
+    for isa in ISAS:
+        with running(isa):
+            ops.kv_write(key, value, one, slots, rotation, 8, 4)
+            ops.attention(query[:19], one, expected, *batch)
+            ops.kv_write_attention(query[:19], key, value, two, out, slots, *batch)
+        assert torch.equal(one, two)
+        assert torch.equal(out, expected)
+
+
 def test_chunks_agree_with_one_prefill() -> None:
     layout, size, tokens = KVLayout(64, 8), 16, 90
     cache = random_cache(layout, 6, 2, size, 8)

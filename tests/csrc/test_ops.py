@@ -73,6 +73,10 @@ def test_library_checks_of_kv_ops() -> None:
         torch.ops.resq.attention.default,
         (query, cache, torch.zeros_like(query), *_attention_arguments(), rotation, 0.125, 8, 4, -1),
     )
+    torch.library.opcheck(
+        torch.ops.resq.kv_write_attention.default,
+        (query, key, key.clone(), cache, query.clone(), slots, *_attention_arguments(), rotation, 0.125, 8, 4, -1),
+    )
 
 
 def _step(

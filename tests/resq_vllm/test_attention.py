@@ -78,7 +78,6 @@ def run(
     """Write and attend one batch; the outputs piece by piece."""
     it, lay, meta = impl(window), layer(), batch(pieces)
     q, k, v = (torch.cat([data[s][i][first:last] for s, first, last in pieces]) for i in range(3))
-    it.do_kv_cache_update(lay, k, v, cache, meta.slot_mapping)
     out = torch.full_like(q, torch.nan)
     assert it.forward(lay, q, k, v, cache, meta, out) is out
     return list(out.split([last - first for _, first, last in pieces]))
@@ -155,21 +154,22 @@ def test_skipped_slots_and_padding_leave_no_trace() -> None:
     it, lay = impl(), layer()
     q, k, v = data[0]
     clean, padded = empty_cache(), empty_cache()
-    it.do_kv_cache_update(lay, k[:19], v[:19], clean, slots(0, 0, 19))
-    mapping = slots(0, 0, 20)
-    mapping[19] = -1
-    it.do_kv_cache_update(lay, k, v, padded, mapping)
-    assert torch.equal(clean, padded)
     meta = batch([(0, 0, 19)])
     out = torch.full_like(q, 3.0)
-    it.forward(lay, q, k, v, clean, meta, out)
-    assert bool((out[19] == 3.0).all())
+    it.forward(lay, q[:19], k[:19], v[:19], clean, meta, out[:19])
+    meta.slot_mapping = torch.cat([meta.slot_mapping, torch.tensor([-1])])
+    again = torch.full_like(q, 3.0)
+    it.forward(lay, q, k, v, padded, meta, again)
+    assert torch.equal(clean, padded)
+    assert torch.equal(again, out)
+    assert bool((again[19] == 3.0).all())
 
 
 def test_page_is_the_specification_s(monkeypatch: pytest.MonkeyPatch) -> None:
     _, k, v = qkv(20)
     cache, wanted = empty_cache(), empty_cache()
-    impl().do_kv_cache_update(layer(), k, v, cache, slots(0, 0, 20))
+    q = torch.zeros(20, HEADS, LAYOUT.head_dim)
+    impl().forward(layer(), q, k, v, cache, batch([(0, 0, 20)]), q)
     reference.kv_write(k, v, wanted, slots(0, 0, 20), rotation(), LAYOUT)
     for block in TABLE[0, :2].tolist():
         for head in range(KV_HEADS):
@@ -196,7 +196,7 @@ def test_every_cache_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     out = torch.zeros(4, HEADS, LAYOUT.head_dim)
     it.forward(lay, out, k, v, torch.empty(0, dtype=torch.uint8), None, out)
     for cache in (first, first, second):
-        it.do_kv_cache_update(lay, k, v, cache, slots(0, 0, 4))
+        it.forward(lay, out, k, v, cache, batch([(0, 0, 4)]), out)
     it.forward(lay, out, k, v, second, None, out)
     assert prepared == [first.data_ptr(), second.data_ptr()]
 
@@ -221,7 +221,7 @@ def test_backend_describes_the_page(process_group: None) -> None:
     assert not backend.supports_block_size(24)
     assert backend.supports_head_size(64)
     assert not backend.supports_head_size(128)
-    assert not backend.forward_includes_kv_cache_update
+    assert backend.forward_includes_kv_cache_update
     assert backend.get_builder_cls() is ResQMetadataBuilder
 
 

@@ -250,6 +250,8 @@ def test_attention_impl_contract() -> None:
 
     source = inspect.getsource(attention.unified_kv_cache_update)
     assert "impl.do_kv_cache_update(" in source
+    # A backend that packs in forward() is not asked to before.
+    assert "not self.attn_backend.forward_includes_kv_cache_update" in inspect.getsource(attention.Attention.forward)
 
 
 def test_kv_cache_method_contract() -> None:

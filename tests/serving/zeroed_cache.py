@@ -17,7 +17,7 @@ def main(checkpoint: str) -> None:
     from vllm import LLM, SamplingParams
 
     from offline.bundled import HELDOUT_TEXT
-    from resq_vllm.attention import ResQAttentionImpl
+    from resq_vllm import ops
 
     llm = LLM(
         checkpoint,
@@ -36,15 +36,18 @@ def main(checkpoint: str) -> None:
         return {"text": output.outputs[0].text, "nll": -sum(likelihoods) / len(likelihoods)}
 
     packed = answer()
-    write = ResQAttentionImpl.do_kv_cache_update
+    write_and_attend = ops.kv_write_attention
 
-    def write_and_erase(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
-        write(self, layer, key, value, kv_cache, slot_mapping)
-        kv_cache.zero_()
+    def erase_between(query: Any, key: Any, value: Any, cache: Any, out: Any, slots: Any, *batch: Any) -> None:
+        """batch: block table, lengths, query starts, rotation, scale, high, low_bits, sliding window."""
+        rotation, high, low_bits = batch[3], batch[5], batch[6]
+        ops.kv_write(key, value, cache, slots, rotation, high, low_bits)
+        cache.zero_()
+        ops.attention(query, cache, out, *batch)
 
-    ResQAttentionImpl.do_kv_cache_update = write_and_erase  # type: ignore[method-assign]
+    ops.kv_write_attention = erase_between  # type: ignore[assignment]
     erased = answer()
-    ResQAttentionImpl.do_kv_cache_update = write  # type: ignore[method-assign]
+    ops.kv_write_attention = write_and_attend
     print(json.dumps({"packed": packed, "erased": erased, "again": answer()}))
 
 
