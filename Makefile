@@ -1,6 +1,8 @@
 # One command each: `make demo` shows the plugin at work, `make test` checks everything. `make help` lists the rest.
 
 PYTHON ?= python3.11
+# Processes that share the tests: most of them keep one core busy.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
@@ -28,7 +30,7 @@ demo: setup  ## Quantize the bundled model, serve it with vLLM beside bf16, prin
 	@$(BIN)/python -m benchmarks.demo
 
 test: lint  ## Everything: lint, types and all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: setup  ## ruff, format check and mypy
 	@$(BIN)/ruff check .
