@@ -38,9 +38,9 @@ RESQ_INLINE void dot_pairs(__m512i (&acc)[R][V], const int16_t* a, int64_t a_wor
   }
 }
 
-// out(row, tile, sums) for `rows` rows, a multiple of kSingleRows, and `tiles` tiles.
+// Inlined into its callers, g++ 12 keeps its sums in memory: half the speed.
 template <int R, int V, class F>
-RESQ_INLINE void product_rows(const int16_t* a, int64_t a_words, const uint8_t* b, int64_t b_bytes, int64_t pairs,
+__attribute__((noinline)) void product_rows(const int16_t* a, int64_t a_words, const uint8_t* b, int64_t b_bytes, int64_t pairs,
                               int64_t row, int64_t tile, const F& out) {
   __m512i acc[R][V];
   dot_pairs<R, V>(acc, a + row * a_words, a_words, b + tile * b_bytes, b_bytes, pairs);
@@ -50,6 +50,7 @@ RESQ_INLINE void product_rows(const int16_t* a, int64_t a_words, const uint8_t* 
     for (int v = 0; v < V; ++v) out(row + r, tile + v, acc[r][v]);
 }
 
+// out(row, tile, sums) for `rows` rows, a multiple of kSingleRows, and `tiles` tiles.
 template <class F>
 RESQ_INLINE void product(int64_t rows, const int16_t* a, int64_t a_words, const uint8_t* b, int64_t b_bytes,
                          int64_t tiles, int64_t pairs, const F& out) {
