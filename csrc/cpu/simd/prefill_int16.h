@@ -11,6 +11,8 @@
 namespace resq {
 namespace {
 
+constexpr int64_t kPrefetchOutput = 16;  // rows ahead of the one that is written
+
 struct Int16Buffers {
   int16_t* query;     // [rows, query_words]
   float *row_scale, *row_max;
@@ -100,6 +102,12 @@ void attend_int16_head(const AttentionArgs& args, const AttentionTask& task, con
   }
 }
 
+RESQ_INLINE uint16_t* output_row(const AttentionArgs& args, const AttentionTask& task, int64_t kv, int64_t r) {
+  const int64_t token = task.query_row + r / args.group, head = (task.kv_head + kv) * args.group + r % args.group;
+  return static_cast<uint16_t*>(
+      element(args.out, args.out_dtype, token * args.out_token_stride + head * args.out_head_stride));
+}
+
 // finish_row with the maximum in powers of 2. Whole heads of bfloat16 go straight to `out`.
 void finish_int16(const AttentionArgs& args, const AttentionTask& task, const Int16Shape& s, int64_t kv, int64_t r,
                   const float* sum, float row_max, float denominator) {
@@ -112,9 +120,7 @@ void finish_int16(const AttentionArgs& args, const AttentionTask& task, const In
     finish_row(args, task, kv, r, row, row_max > kUnseenKey ? row_max * kLn2 : kNegativeInfinity, denominator);
     return;
   }
-  const int64_t token = task.query_row + r / args.group, head = (task.kv_head + kv) * args.group + r % args.group;
-  uint16_t* out = static_cast<uint16_t*>(
-      element(args.out, args.out_dtype, token * args.out_token_stride + head * args.out_head_stride));
+  uint16_t* out = output_row(args, task, kv, r);
   const VF inverse = splat(1.0f / (denominator > 0.0f ? denominator : 1.0f));
   const auto put = [&](const float* from, int64_t dims, uint16_t* to) {
     for (int64_t i = 0; i < dims; i += 16)
@@ -141,7 +147,7 @@ void prefill_int16(const AttentionArgs& args, const AttentionTask& task) {
     if (round) next = static_cast<uint8_t*>(thread_scratch(Slot::attention, reinterpret_cast<intptr_t>(next)));
     b.query = reinterpret_cast<int16_t*>(take(padded * s.query_words * 2));
     b.row_scale = reinterpret_cast<float*>(take(padded * 4));
-    b.row_max = reinterpret_cast<float*>(take(round_up(padded, 16) * 4));
+    b.row_max = reinterpret_cast<float*>(take((padded + 16) * 4));
     b.denominator = reinterpret_cast<float*>(take(padded * 64));
     b.sum = reinterpret_cast<float*>(take(padded * s.width * 4));
     b.turning = take(kTurnedRows * (4 * turn_pairs(p) + s.query_words * 4));
@@ -157,11 +163,14 @@ void prefill_int16(const AttentionArgs& args, const AttentionTask& task) {
     load_int16_rows(args, one, s, padded, b.turning, b.query, b.row_scale);
     __builtin_memset(b.denominator, 0, static_cast<size_t>(padded) * 64);
     __builtin_memset(b.sum, 0, static_cast<size_t>(padded * s.width) * 4);
-    for (int64_t r = 0; r < round_up(padded, 16); ++r) b.row_max[r] = kUnseenKey;
+    for (int64_t r = 0; r < padded + 16; ++r) b.row_max[r] = kUnseenKey;
     attend_int16_head(args, one, s, padded, b);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t* later = output_row(args, task, kv, min(r + kPrefetchOutput, rows - 1));
+      for (int64_t i = 0; i < p.head_dim; i += 32) __builtin_prefetch(later + i, 1);
       finish_int16(args, task, s, kv, r, b.sum + r * s.width, b.row_max[r],
                    _mm512_reduce_add_ps(_mm512_load_ps(b.denominator + 16 * r)));
+    }
   }
 }
 
