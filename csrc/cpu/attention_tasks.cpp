@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <atomic>
 
 #include "attention_kernels.h"
@@ -52,7 +51,7 @@ void make_work(const AttentionArgs& args, const AttentionBatch& batch, const Att
     const bool decode = paths.decode && (queries == 1 || queries * args.group <= kDecodeRows);
     const AttentionKernel few = queries * args.group <= kNarrowRows ? paths.narrow_decode : paths.decode;
     const AttentionKernel kernel = decode ? few : paths.prefill ? paths.prefill : plain;
-    const int64_t rows = decode ? queries * args.group : kernel == plain ? kFloatRows : (std::getenv("PR") ? std::atoi(std::getenv("PR")) : kPrefillRows);
+    const int64_t rows = decode ? queries * args.group : kernel == plain ? kFloatRows : kPrefillRows;
     const int64_t tile = std::max<int64_t>(1, rows / args.group);
     // The last tiles have the longest contexts: they go first, so that the threads end together.
     for (int64_t q = (queries - 1) / tile * tile; q >= 0; q -= tile) {

@@ -9,8 +9,8 @@
 namespace resq {
 namespace {
 
-constexpr int kDotRows = 6;     // with 4 tiles: 24 sums, 4 vectors of B and a broadcast of A fill 29 registers
-constexpr int kSingleRows = 12; // with one tile: enough sums in flight to hide the latency
+constexpr int kDotRows = 6;      // with 4 tiles: 24 sums, 4 vectors of B and a broadcast of A fill 29 registers
+constexpr int kSingleRows = 12;  // with one tile: enough sums in flight to hide the latency
 
 // Inline assembly for the reason given at `dot` in micro_avx512.h.
 RESQ_INLINE void dot_words(__m512i& acc, __m512i a, __m512i b) {
@@ -40,8 +40,8 @@ RESQ_INLINE void dot_pairs(__m512i (&acc)[R][V], const int16_t* a, int64_t a_wor
 
 // Inlined into its callers, g++ 12 keeps its sums in memory: half the speed.
 template <int R, int V, class F>
-__attribute__((noinline)) void product_rows(const int16_t* a, int64_t a_words, const uint8_t* b, int64_t b_bytes, int64_t pairs,
-                              int64_t row, int64_t tile, const F& out) {
+__attribute__((noinline)) void product_rows(const int16_t* a, int64_t a_words, const uint8_t* b, int64_t b_bytes,
+                                            int64_t pairs, int64_t row, int64_t tile, const F& out) {
   __m512i acc[R][V];
   dot_pairs<R, V>(acc, a + row * a_words, a_words, b + tile * b_bytes, b_bytes, pairs);
 #pragma GCC unroll 12

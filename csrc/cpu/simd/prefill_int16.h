@@ -1,8 +1,8 @@
 // Attention of many query rows over packed pages with vpdpwssd, for processors without AMX.
 //
 // q and P times V's scale are int16 relative to their largest of a row (and block of keys): next to bfloat16's 8 bits
-// that is finer wherever it matters, and on codes the products are exact. A block of keys and values is unpacked once for
-// all query rows of the task; rows are taken 48 at a time through scores, softmax and values, all in the L1 and L2 cache.
+// that is finer wherever it matters, and on codes the products are exact. A block of keys and values is unpacked once
+// for all query rows of the task; rows are taken 48 at a time through scores, softmax and values, in the L1 and L2 cache.
 #pragma once
 
 #include "prefill_int16_query.h"

@@ -132,8 +132,10 @@ void load_int16_rows(const AttentionArgs& args, const AttentionTask& task, const
       for (int64_t i = 0; i < p.head_dim; i += 32) __builtin_prefetch(later + i);
       row_scale[first + r] = undo * quantize_row(row_of(first + r), p.head_dim, depth, plain + r * depth);
     }
-    product(count, plain, depth, line + 64, turn_tile_bytes(p), words / 16, depth / 2,
-            [&](int64_t row, int64_t tile, __m512i sums) { _mm512_store_si512(turned + row * words + 16 * tile, sums); });
+    const auto put = [&](int64_t row, int64_t tile, __m512i sums) {
+      _mm512_store_si512(turned + row * words + 16 * tile, sums);
+    };
+    product(count, plain, depth, line + 64, turn_tile_bytes(p), words / 16, depth / 2, put);
     for (int64_t r = 0; r < count; ++r) {
       const int32_t* from = turned + r * words;
       __m512i largest = _mm512_setzero_si512();

@@ -1,7 +1,7 @@
 // Scores of a panel of query rows -> int16 weights, each row's relative to the largest of its block.
 //
-// V's low scale is part of the exponent: a score becomes t = log2(P · scale) but for the row's reference, so the largest
-// t of a row and block gives the largest weight, and the denominator divides by the scales again.
+// V's low scale is part of the exponent: a score becomes t = log2(P · scale) but for the row's reference, so the
+// largest t of a row and block gives the largest weight, and the denominator divides by the scales again.
 #pragma once
 
 #include "exp2.h"
@@ -12,19 +12,15 @@ namespace resq {
 namespace {
 
 constexpr int64_t kRowGroup = 12;  // rows that see equally many keys, but for masks
-#ifndef PG
-#define PG 4
-#endif
-constexpr int64_t kPanelGroups = PG;
-constexpr int64_t kInt16Rows = kRowGroup * kPanelGroups;  // of a panel
-constexpr int64_t kPanelLanes = (kInt16Rows + 15) / 16 * 16;
+constexpr int64_t kPanelGroups = 4;
+constexpr int64_t kInt16Rows = kRowGroup * kPanelGroups;  // of a panel, a multiple of 16
 
 struct alignas(64) Int16Panel {
   float score[kInt16Rows * kInt16Keys];  // t
   int16_t low_weight[kInt16Rows * kInt16Keys], high_weight[kInt16Rows * kInt16Keys];
-  float highest[kPanelLanes * 16];  // lanes of t's maximum
+  float highest[kInt16Rows * 16];  // lanes of t's maximum
   // Of every row: that maximum; what the sums so far are worth in the new reference, and a weight of 1 of this block.
-  float block_max[kPanelLanes], shrink[kPanelLanes], unit[kPanelLanes];
+  float block_max[kInt16Rows], shrink[kInt16Rows], unit[kInt16Rows];
   int32_t seen_begin[kInt16Rows], seen_end[kInt16Rows];
   int64_t keys[kPanelGroups];  // that a group meets, in whole steps of 32
 };

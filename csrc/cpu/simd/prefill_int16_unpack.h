@@ -1,7 +1,7 @@
 // A block of packed keys and values -> int16 operands, in the pairs that vpdpwssd sums over.
 //
-// Codes become code − zero point, exactly. The low and the high part keep a scale each, so each is a product of its own:
-// K's scales multiply the scores, V's the probabilities.
+// Codes become code − zero point, exactly. The low and the high part keep a scale each, so each is a product of its
+// own: K's scales multiply the scores, V's the probabilities.
 #pragma once
 
 #include "page_tile.h"
