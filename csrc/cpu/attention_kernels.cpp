@@ -11,17 +11,17 @@ namespace resq {
 #if defined(__x86_64__)
 namespace {
 
-constexpr int64_t kTileHighDims = 64;  // of K's high part, that one tile holds
+constexpr int64_t kTileHighDims = 64;    // of K's high part, that one tile holds
+constexpr int64_t kInt16HighDims = 256;  // of which int16 times code stays below 2^31
 
 struct Features {
-  bool bf16 = false, amx_bf16 = false;
+  bool amx_bf16 = false;
 };
 
 Features detect() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   Features f;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) f.amx_bf16 = d & (1u << 22);
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.bf16 = a & (1u << 5);
   return f;
 }
 
@@ -41,10 +41,15 @@ AttentionPaths attention_paths(const Kernels& k, const AttentionArgs& args) {
   AttentionPaths paths;
   paths.narrow_decode = kDecodeVnni;
   paths.decode = tiles && args.page.high_padded <= kTileHighDims ? kDecodeTiles : kDecodeVnni;
-  // q and P in bfloat16 are no less exact than a bfloat16 model's own; a float16 model's are finer.
-  if (args.query_dtype == DType::bf16 && features().bf16) {
-    paths.prefill = tiles && features().amx_bf16 ? kPrefillTiles : kPrefillBf16;
-    paths.prepare = kPrefillPreparation;
+  // q and P in bfloat16, or in int16, are no less exact than a bfloat16 model's own; a float16 model's are finer.
+  if (args.query_dtype == DType::bf16) {
+    if (tiles && features().amx_bf16) {
+      paths.prefill = kPrefillTiles;
+      paths.prepare = kPrefillPreparation;
+    } else if (args.page.high_padded <= kInt16HighDims) {
+      paths.prefill = kPrefillInt16;
+      paths.prepare = kInt16Preparation;
+    }
   }
   return paths;
 }
@@ -69,15 +74,15 @@ std::string describe_attention(const Kernels& k, const AttentionArgs& args) {
   } else if (args.query_dtype != DType::bf16) {
     reason = std::string(" because the model is ") + (args.query_dtype == DType::f16 ? "float16" : "float32");
   } else {
-    reason = " because this machine has no AVX512-BF16";
+    reason = " because more than " + std::to_string(kInt16HighDims) + " dims have 8 bits";
   }
   const std::string plain = "float32" + reason;
   const std::string decode = paths.decode == kDecodeTiles  ? "int8 AMX"
                              : paths.decode == kDecodeVnni ? "int8 AVX512-VNNI"
                                                            : plain;
-  const std::string prefill = paths.prefill == kPrefillTiles  ? "bfloat16 AMX"
-                              : paths.prefill == kPrefillBf16 ? "bfloat16 AVX512-BF16"
-                                                              : plain;
+  const std::string prefill = paths.prefill == kPrefillTiles   ? "bfloat16 AMX"
+                              : paths.prefill == kPrefillInt16 ? "int16 AVX512-VNNI"
+                                                               : plain;
   return "decode " + decode + ", prefill " + prefill;
 }
 #else

@@ -28,9 +28,9 @@ struct KVTileWriter {
 extern const KVTileWriter kFloatTileWriter, kAmxTileWriter;
 // Few query rows (simd/decode.h): vpdpbusd, AMX int8 tiles.
 extern const AttentionKernel kDecodeVnni, kDecodeTiles;
-// Many query rows (simd/prefill.h): vdpbf16ps, AMX bf16 tiles.
-extern const AttentionKernel kPrefillBf16, kPrefillTiles;
-extern const AttentionPreparation kPrefillPreparation;
+// Many query rows: vpdpwssd (simd/prefill_int16.h), AMX bf16 tiles (simd/prefill.h).
+extern const AttentionKernel kPrefillInt16, kPrefillTiles;
+extern const AttentionPreparation kInt16Preparation, kPrefillPreparation;
 #endif
 
 // Query rows of a kv head up to which vpdpbusd on the packed codes is faster than unpacking them for tiles: with one

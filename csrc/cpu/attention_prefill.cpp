@@ -20,7 +20,6 @@
 
 namespace resq {
 const AttentionPreparation kPrefillPreparation = {rotation_bytes, split_rotation};
-const AttentionKernel kPrefillBf16 = prefill_task<Bf16Vectors>;
 const AttentionKernel kPrefillTiles = prefill_task<Bf16Tiles>;
 }  // namespace resq
 #if defined(__clang__)

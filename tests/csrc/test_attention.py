@@ -345,6 +345,32 @@ def test_a_sink_does_not_drown_the_tail(tokens: int) -> None:
         assert_no_worse(out, torch_result, exact, floor=1e-3)
 
 
+@pytest.mark.parametrize(("layout", "group"), [(KVLayout(64, 8), 1), (KVLayout(128, 16), 4), (KVLayout(64, 0), 8)])
+def test_values_and_queries_of_very_different_sizes_in_bfloat16(layout: KVLayout, group: int) -> None:
+    """A sink with hardly any value, tokens of zeros, values up to 100 times others', and dims of q up to 30 times."""
+    size, context, tokens, dims = 128, 700, 60, layout.head_dim
+    g = generator(27)
+    query = torch.randn(tokens, group, dims, generator=g)
+    query[:, :, 3] *= 30
+    query = query.bfloat16()
+    sizes = torch.pow(10.0, torch.rand(context, 1, 1, generator=g) * 2 - 2)
+    key, value = torch.randn(context, 1, dims, generator=g) * 0.1, torch.randn(context, 1, dims, generator=g) * sizes
+    key[0] = query.float().mean((0, 1)) / query.float().mean((0, 1)).square().sum() * 60
+    value[0] *= 1e-3
+    value[5:9] = 0.0
+    cache = torch.zeros(6, 1, size, layout.bytes_per_token, dtype=torch.uint8)
+    ops.kv_write(key, value, cache, torch.arange(context), None, layout.high, layout.low_bits)
+    table, lens = torch.arange(6).int()[None], torch.tensor([context]).int()
+    batch = (table, lens, torch.tensor([0, tokens]).int(), None, dims**-0.5)
+    exact = reference.attention(query, cache, *batch, layout, dtype=torch.float64)
+    torch_result = _bfloat16_attention(query, cache, *batch, layout, -1)
+    for isa in ISAS:
+        out = torch.empty_like(query)
+        with running(isa):
+            ops.attention(query, cache, out, *batch, layout.high, layout.low_bits)
+        assert_no_worse(out, torch_result, exact)
+
+
 def test_bad_arguments_are_named() -> None:
     layout = KVLayout(64, 8)
     cache = random_cache(layout, 2, 2, 16, 12)

@@ -14,27 +14,40 @@ namespace {
 constexpr float kFloat16Max = 65504.0f;
 constexpr int64_t kRotationTerms = 3;  // bfloat16 terms of U_C: 24 bits, all that float32 holds
 
-// NJ dims of x · U_C for 16 tokens, in the order of gemm_f32's sums.
-template <int NJ>
-RESQ_INLINE void rotate_dims(const float* x, int64_t dim, const float* rotation, float* to) {
-  __m512 acc[NJ];
+// NJ dims of x · U_C for 16 tokens of NU units, which lie `unit` floats apart, in the order of gemm_f32's sums.
+template <int NU, int NJ>
+RESQ_INLINE void rotate_dims(const float* x, int64_t unit, int64_t dim, const float* rotation, float* to) {
+  __m512 acc[NU][NJ];
+#pragma GCC unroll 4
+  for (int u = 0; u < NU; ++u)
 #pragma GCC unroll 24
-  for (int j = 0; j < NJ; ++j) acc[j] = _mm512_setzero_ps();
+    for (int j = 0; j < NJ; ++j) acc[u][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < dim; ++k) {
-    const __m512 row = _mm512_load_ps(x + 16 * k);
+    __m512 row[NU];
+#pragma GCC unroll 4
+    for (int u = 0; u < NU; ++u) row[u] = _mm512_load_ps(x + u * unit + 16 * k);
 #pragma GCC unroll 24
-    for (int j = 0; j < NJ; ++j) acc[j] = _mm512_fmadd_ps(_mm512_set1_ps(rotation[k * dim + j]), row, acc[j]);
+    for (int j = 0; j < NJ; ++j) {
+      const __m512 factor = _mm512_set1_ps(rotation[k * dim + j]);
+#pragma GCC unroll 4
+      for (int u = 0; u < NU; ++u) acc[u][j] = _mm512_fmadd_ps(factor, row[u], acc[u][j]);
+    }
   }
+#pragma GCC unroll 4
+  for (int u = 0; u < NU; ++u)
 #pragma GCC unroll 24
-  for (int j = 0; j < NJ; ++j) _mm512_store_ps(to + 16 * j, acc[j]);
+    for (int j = 0; j < NJ; ++j) _mm512_store_ps(to + u * unit + 16 * j, acc[u][j]);
 }
 
-void rotate_lanes(const float* x, int64_t dim, const float* rotation, float* to) {
+template <int NU, int NJ>
+void rotate_lanes(const float* x, int64_t unit, int64_t dim, const float* rotation, float* to) {
   int64_t j = 0;
-  for (; j + 16 <= dim; j += 16) rotate_dims<16>(x, dim, rotation + j, to + 16 * j);
-  for (; j + 4 <= dim; j += 4) rotate_dims<4>(x, dim, rotation + j, to + 16 * j);
-  for (; j < dim; ++j) rotate_dims<1>(x, dim, rotation + j, to + 16 * j);
+  for (; j + NJ <= dim; j += NJ) rotate_dims<NU, NJ>(x, unit, dim, rotation + j, to + 16 * j);
+  for (; j + 2 <= dim; j += 2) rotate_dims<NU, 2>(x, unit, dim, rotation + j, to + 16 * j);
+  for (; j < dim; ++j) rotate_dims<NU, 1>(x, unit, dim, rotation + j, to + 16 * j);
 }
+
+constexpr int64_t kShared = 3;  // units that share an element of U_C, with 8 dims each
 
 // U_Cᵀ in bfloat16 terms, as the tiles that rotate_tiles multiplies: [16 dims of the result, term, 32 dims], each of
 // 16 rows of 64 bytes.
@@ -224,14 +237,14 @@ struct TileUnits {
   }
 };
 
-// Buffers for `units` heads at a time: pairs [units, dims / 2, 16], then rotated [units, dims, 16], plain and codes
-// [dims, 16].
+// Buffers for `units` heads at a time: pairs [units, dims / 2, 16], then rotated [units, dims, 16], plain [plain units,
+// dims, 16] and codes [dims, 16].
 struct TileBuffers {
-  explicit TileBuffers(const PageLayout& p, int64_t units) : dims(round_up(p.head_dim, 32)) {
-    pairs = static_cast<uint32_t*>(thread_scratch(Slot::kv_rows, dims * 32 * (3 * units + 4)));
+  TileBuffers(const PageLayout& p, int64_t units, int64_t plain_units) : dims(round_up(p.head_dim, 32)) {
+    pairs = static_cast<uint32_t*>(thread_scratch(Slot::kv_rows, dims * 32 * (3 * units + 2 * plain_units + 2)));
     rotated = reinterpret_cast<float*>(pairs + units * dims * 8);
     plain = rotated + units * dims * 16;
-    codes = reinterpret_cast<int32_t*>(plain + dims * 16);
+    codes = reinterpret_cast<int32_t*>(plain + plain_units * dims * 16);
   }
   int64_t dims;
   uint32_t* pairs;
@@ -241,19 +254,30 @@ struct TileBuffers {
 
 void write_tiles_float(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
   const TileUnits units{args, tiles};
-  const TileBuffers b(args.page, 1);
-  for (int64_t i = begin; i < end; ++i) {
-    load_lanes(units.key(i), b.pairs, b.plain);
-    if (args.rotation) rotate_lanes(b.plain, args.page.head_dim, args.rotation, b.rotated);
-    units.write(i, 0, args.rotation ? b.rotated : b.plain, b.codes);
-    load_lanes(units.value(i), b.pairs, b.plain);
-    units.write(i, 1, b.plain, b.codes);
+  const TileBuffers b(args.page, kShared, kShared);
+  const int64_t unit = b.dims * 16, dim = args.page.head_dim;
+  for (int64_t i = begin; i < end; i += kShared) {
+    const int64_t count = min(end - i, kShared);
+    for (int64_t u = 0; u < count; ++u) load_lanes(units.key(i + u), b.pairs, b.plain + u * unit);
+    const float* keys = args.rotation ? b.rotated : b.plain;
+    if (args.rotation) {
+      switch (count) {
+        case 1: rotate_lanes<1, 16>(b.plain, unit, dim, args.rotation, b.rotated); break;
+        case 2: rotate_lanes<2, 8>(b.plain, unit, dim, args.rotation, b.rotated); break;
+        default: rotate_lanes<3, 8>(b.plain, unit, dim, args.rotation, b.rotated); break;
+      }
+    }
+    for (int64_t u = 0; u < count; ++u) {
+      units.write(i + u, 0, keys + u * unit, b.codes);
+      load_lanes(units.value(i + u), b.pairs, b.plain + u * unit);
+      units.write(i + u, 1, b.plain + u * unit, b.codes);
+    }
   }
 }
 
 void write_tiles_amx(const KVWriteArgs& args, const int64_t* tiles, int64_t begin, int64_t end) {
   const TileUnits units{args, tiles};
-  const TileBuffers b(args.page, kTogether);
+  const TileBuffers b(args.page, kTogether, 1);
   const uint8_t* split = static_cast<const uint8_t*>(args.prepared);
   const TileScope scope{TileShapes{}};
   for (int64_t i = begin; i < end; i += kTogether) {

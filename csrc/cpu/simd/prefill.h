@@ -1,8 +1,8 @@
 // Attention of many query rows over packed pages in bfloat16, with float32 scores and sums.
 //
 // A block of keys and values is unpacked once for all query rows of the task (prefill_unpack.h); rows are taken 32 at a
-// time. q and P·scale are rounded to bfloat16; codes, scales and zero points are not. `Products` multiplies: on AMX
-// tiles or with vdpbf16ps.
+// time. q and P·scale are rounded to bfloat16; codes, scales and zero points are not. `Products` multiplies,
+// on AMX tiles.
 #pragma once
 
 #include "exp2.h"

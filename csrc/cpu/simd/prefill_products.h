@@ -1,4 +1,4 @@
-// The products of prefill.h: AMX bfloat16 tiles, and vdpbf16ps.
+// The products of prefill.h on AMX bfloat16 tiles.
 #pragma once
 
 #include "prefill.h"
@@ -54,50 +54,6 @@ class Bf16Tiles {
 
   static constexpr TileShapes shapes_{};
   const TileScope scope_;
-};
-
-class Bf16Vectors {
- public:
-  static void fence() {}
-  static void block(const Product& x, int64_t tile, bool add) {
-    for (int64_t r = 0; r < kPanelRows; r += 8)
-      tile + 1 < x.tiles ? rows<2>(x, tile, r, add) : rows<1>(x, tile, r, add);
-  }
-
- private:
-  // Inline assembly for the reason given at `dot` in micro_avx512.h.
-  RESQ_INLINE static void dot(__m512& acc, __m512i b, const uint16_t* a) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const IntMem*>(a)));
-  }
-
-  // 8 rows of 16 or 32 columns.
-  template <int kColumns>
-  static void rows(const Product& x, int64_t tile, int64_t row, bool add) {
-    const int64_t a_stride = x.a_bytes / 2;
-    const uint16_t* a = x.a + row * a_stride;
-    const uint8_t* b = x.b + tile * x.b_bytes;
-    float* c = x.c + row * x.c_floats + 16 * tile;
-    __m512 acc[8][kColumns];
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kColumns; ++v)
-        acc[r][v] = add ? _mm512_loadu_ps(c + r * x.c_floats + 16 * v) : _mm512_setzero_ps();
-    for (int64_t term = 0; term < x.terms; ++term, b += 1024 * x.steps) {
-      for (int64_t i = 0; i < 16 * x.steps; ++i) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kColumns; ++v) {
-          const __m512i pairs = _mm512_loadu_si512(b + v * x.b_bytes + 64 * i);
-#pragma GCC unroll 8
-          for (int r = 0; r < 8; ++r) dot(acc[r][v], pairs, a + r * a_stride + 2 * i);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kColumns; ++v) _mm512_storeu_ps(c + r * x.c_floats + 16 * v, acc[r][v]);
-  }
 };
 
 }  // namespace

@@ -1,11 +1,11 @@
-// A block of packed keys and values -> bfloat16 operands, in the pairs that vdpbf16ps and TDPBF16PS sum over.
+// A block of packed keys and values -> bfloat16 operands, in the pairs that TDPBF16PS sums over.
 //
 // Low codes become code − zero point, an integer that bfloat16 holds exactly; K's low scale multiplies the scores, V's
 // the probabilities. High codes are dequantized relative to the low part's scale, rounded to bfloat16. So a head is one
 // operand of head_dim columns, whatever its parts.
 #pragma once
 
-#include "convert.h"
+#include "page_tile.h"
 
 namespace resq {
 namespace {
@@ -58,13 +58,6 @@ RESQ_INLINE __m512i difference_table() {
   return _mm512_inserti64x4(_mm512_castsi256_si512(negative), small_integers(lane), 1);
 }
 
-struct TilePlace {
-  const uint8_t* page;
-  int64_t token, valid;  // the first of 16 tokens within the page; how many were stored
-};
-
-RESQ_INLINE __m128i load_bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-
 // 16 − zero point of 16 tokens' low part.
 RESQ_INLINE __m128i zero_complements(const uint8_t* zeros) {
   return _mm_sub_epi8(_mm_set1_epi8(16), load_bytes(zeros));
@@ -109,27 +102,11 @@ void unpack_key_tile(const PageLayout& p, const TilePlace& at, __m512 ratio, uin
   }
 }
 
-// Position of dim i of a group of 8 in the order that unpack_key_tile produces.
-RESQ_INLINE int64_t key_position(int64_t dim) {
-  constexpr int64_t place[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-  return dim / 8 * 8 + place[dim % 8];
-}
-
-// Lanes of a tile from column 16t on that lie in [begin, end).
-RESQ_INLINE __mmask16 columns_in(int64_t t, int64_t begin, int64_t end) {
-  const auto below = [&](int64_t bound) {
-    const int64_t n = bound - 16 * t;
-    return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1 << n) - 1;
-  };
-  return static_cast<__mmask16>(below(end) & ~below(begin));
-}
-
 // V of 16 tokens: rows of pairs of tokens, from row `row` of every tile of 16 dims.
 void unpack_value_tile(const PageLayout& p, const PrefillShape& s, const TilePlace& at, __m512 ratio, int64_t row,
                        uint8_t* to) {
   const __m512i table = difference_table(), nibble = _mm512_set1_epi8(15);
-  const __m512i middle = _mm512_broadcast_i32x4(  // bytes of a word: tokens 0, 2, 1, 3
-      _mm_setr_epi32(0x03010200, 0x07050604, 0x0B090A08, 0x0F0D0E0C));
+  const __m512i middle = middle_bytes();
   const int64_t lanes = p.low_padded / 2;
   const uint8_t* zeros = at.page + p.zeros + p.parts * p.tokens + at.token;
   alignas(16) uint32_t complement[4];
