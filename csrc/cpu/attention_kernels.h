@@ -33,9 +33,10 @@ extern const AttentionKernel kPrefillBf16, kPrefillTiles;
 extern const AttentionPreparation kPrefillPreparation;
 #endif
 
-// Query rows of a kv head up to which vpdpbusd on the packed codes is faster than unpacking them for tiles: with one
-// row and head_dim 64 it takes 0.79 of the time, with four a tenth more.
-constexpr int64_t kNarrowRows = 2;
+// Query rows of a kv head up to which vpdpbusd on the packed codes is faster than spreading them for tiles. With four,
+// head_dim 64 and pages in memory it takes 0.90 of the time on two cores (0.89 with head_dim 128), though 1.1 of it when
+// the pages are in the L2 cache: tiles write more, and writes wait behind the prefetch.
+constexpr int64_t kNarrowRows = 4;
 
 // What runs the tasks of a call; null: Kernels::attention, the float32 kernel, which takes everything.
 struct AttentionPaths {
