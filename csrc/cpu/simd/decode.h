@@ -242,15 +242,18 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
     take(b.scales, 1);
     take(products_scratch, Products::scratch_bytes(shape));
   }
+  Prefetch prefetch;
+  Items items(args, task, shape, b);
+  // Nothing comes before the first chunk to hide it but this.
+  prefetch.start(p, items.next_chunk(), 0);
+  prefetch.finish();
   quantize_queries(args, task, shape, b.scratch, b.query, b.row);
   __builtin_memset(b.sum, 0, static_cast<size_t>(all * shape.width) * 4);
   __builtin_memset(b.denominator, 0, static_cast<size_t>(all) * 64);
   __builtin_memset(b.zero, 0, static_cast<size_t>(all) * 128);
   for (int64_t r = 0; r < all; ++r) b.row_max[r] = kLowest;
 
-  Prefetch prefetch;
   const Products products(p, shape, products_scratch, prefetch);
-  Items items(args, task, shape, b);
   Item pipeline[3];
   RowSums sums[2][kPassRows];
   pipeline[0] = items.take();
