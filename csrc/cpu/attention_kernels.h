@@ -33,9 +33,9 @@ extern const AttentionKernel kPrefillBf16, kPrefillTiles;
 extern const AttentionPreparation kPrefillPreparation;
 #endif
 
-// Query rows of a kv head up to which vpdpbusd on the packed codes is faster than spreading them for tiles. With four,
-// head_dim 64 and pages in memory it takes 0.90 of the time on two cores (0.89 with head_dim 128), though 1.1 of it when
-// the pages are in the L2 cache: tiles write more, and writes wait behind the prefetch.
+// Query rows of a kv head up to which vpdpbusd on the packed codes is faster than spreading them for tiles. With four
+// rows and pages in memory, on two cores, it takes 0.90 of the time (0.97 with head_dim 128), though 1.03 to 1.14 when
+// the pages are in the L2 cache: what tiles write meanwhile waits behind the prefetch.
 constexpr int64_t kNarrowRows = 4;
 
 // What runs the tasks of a call; null: Kernels::attention, the float32 kernel, which takes everything.

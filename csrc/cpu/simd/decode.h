@@ -261,12 +261,12 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   for (int64_t i = 0;; ++i) {
     Item &after = pipeline[i % 3], &now = pipeline[(i + 2) % 3], &before = pipeline[(i + 1) % 3];
     if (!after.valid && !now.valid && !before.valid) break;
+    prefetch.finish();
     // About as many steps as softmax and products will make on what is under way.
-    prefetch.start(p, items.next_chunk(), Products::prefetch_steps(p, shape) + 12 * shape.rows);
+    prefetch.start(p, items.next_chunk(), Products::prefetch_steps(p, shape) + kSoftmaxSteps * shape.rows);
     DecodeJobs<Products> jobs(products, before, after, b.output);
     if (now.valid) softmax_item(args, task, shape, now, b, sums[i % 2], jobs, prefetch);
     jobs.advance(1, 1);
-    prefetch.finish();
     if (before.valid) add_item(args, task, shape, before, sums[1 - i % 2], b);
     if (now.valid) products.prepare_outputs(now.chunk);
     before = items.take();  // the next step's `after`

@@ -128,6 +128,8 @@ struct RowSums {
   bool seen;           // any key of the chunk
 };
 
+constexpr int64_t kSoftmaxSteps = 10;  // of the prefetch, for a row of a whole chunk
+
 // A chunk of 16·N tokens, of which [begin, end) are seen.
 template <int N, int kParts>
 RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin, int64_t end,
@@ -168,7 +170,7 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntege
   for (int i = 0; i < N; ++i) {
     score[i] = exp2_negative(_mm512_fmsub_ps(score[i], unit, reference));
     sums.denominator = _mm512_add_ps(sums.denominator, score[i]);
-    if (i % 2) ahead.step();
+    if (i % 4 == 1) ahead.step();
   }
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
