@@ -15,8 +15,8 @@ namespace resq {
 namespace {
 
 constexpr int64_t kChunk = 128;  // tokens, at most; a chunk lies within a page
-// Elements between rows of weights and of scores: off a power of 2, so that rows and buffers do not lie 4096 bytes apart,
-// where a load waits for any recent store.
+// Elements between rows of weights and of scores: off a power of 2, so that rows and buffers do not lie 4096 bytes
+// apart, where a load waits for any recent store.
 constexpr int64_t kRowStride = kChunk + 64, kScoreStride = kChunk + 16;
 constexpr int32_t kQueryLevels = 127 * 128 + 63;    // qh in [-127, 127], ql in [-64, 63]
 constexpr int32_t kWeightLevels = 127 * 128 + 127;  // both bytes in [0, 127]

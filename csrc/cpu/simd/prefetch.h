@@ -11,10 +11,10 @@ struct Chunk {
   int64_t token, tokens;  // the first within the page; how many, a multiple of 16
 };
 
-// Brings a chunk near while those before it are worked on, a line at every step(), spread evenly over the steps that are
-// expected: a burst of lines would take the few line buffers, and every load from L2 would wait for memory behind it
-// (loads that something waits for, of 11 KB a chunk: 1.32 of a time with even steps, 1.53 with bursts of 28 lines, 1.71
-// with 84). Into L2: a page and the buffers together are more than the L1 cache.
+// Brings a chunk near while those before it are worked on, a line or less at every step, spread evenly over the steps
+// that are expected: a burst of lines takes the few line buffers, and loads from L2 wait for memory behind it. A loop of
+// 1.11 ms that waits for each line it reads took 1.32 with even steps, 1.53 with bursts of 28 lines, 1.71 with 84. Into
+// L2: a page and the buffers together are more than the L1 cache.
 class Prefetch {
  public:
   void start(const PageLayout& p, const Chunk& next, int64_t steps) {
