@@ -195,9 +195,9 @@ def test_one_thread_and_many_more_than_cores(threads: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
 def test_few_query_rows(group: int, dtype: torch.dtype) -> None:
-    """One and two rows have a kernel of their own where AMX takes the others."""
+    """Up to four rows have a kernel of their own where AMX takes the others."""
     for size, new in ((128, 1), (256, 1), (16, 2)):
         Batch(KVLayout(64, 8), [(600, new), (131, new)], 3, group, size, seed=22, dtype=dtype).run()
 

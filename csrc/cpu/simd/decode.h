@@ -16,7 +16,7 @@ namespace {
 // Integer operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
 struct PassIntegers {
   const int8_t* query;  // [2 rows, query_bytes]
-  int32_t* score[2];    // [2 rows, kRowStride], by part
+  int32_t* score[2];    // [2 rows, kScoreStride], by part
   int8_t* weight[2];    // [2 rows, kRowStride], by part
 };
 
@@ -43,16 +43,16 @@ struct Item {
 
 template <int kParts>
 RowSums softmax_tiles(int64_t tiles, const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin,
-                      int64_t end) {
+                      int64_t end, Prefetch& prefetch) {
   switch (tiles) {
-    case 1: return softmax_chunk<1, kParts>(s, row, at, begin, end);
-    case 2: return softmax_chunk<2, kParts>(s, row, at, begin, end);
-    case 3: return softmax_chunk<3, kParts>(s, row, at, begin, end);
-    case 4: return softmax_chunk<4, kParts>(s, row, at, begin, end);
-    case 5: return softmax_chunk<5, kParts>(s, row, at, begin, end);
-    case 6: return softmax_chunk<6, kParts>(s, row, at, begin, end);
-    case 7: return softmax_chunk<7, kParts>(s, row, at, begin, end);
-    default: return softmax_chunk<8, kParts>(s, row, at, begin, end);
+    case 1: return softmax_chunk<1, kParts>(s, row, at, begin, end, prefetch);
+    case 2: return softmax_chunk<2, kParts>(s, row, at, begin, end, prefetch);
+    case 3: return softmax_chunk<3, kParts>(s, row, at, begin, end, prefetch);
+    case 4: return softmax_chunk<4, kParts>(s, row, at, begin, end, prefetch);
+    case 5: return softmax_chunk<5, kParts>(s, row, at, begin, end, prefetch);
+    case 6: return softmax_chunk<6, kParts>(s, row, at, begin, end, prefetch);
+    case 7: return softmax_chunk<7, kParts>(s, row, at, begin, end, prefetch);
+    default: return softmax_chunk<8, kParts>(s, row, at, begin, end, prefetch);
   }
 }
 
@@ -163,7 +163,7 @@ class DecodeJobs {
 
 template <class Products>
 void softmax_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, Item& item,
-                  const DecodeBuffers& b, RowSums* sums, DecodeJobs<Products>& jobs) {
+                  const DecodeBuffers& b, RowSums* sums, DecodeJobs<Products>& jobs, Prefetch& prefetch) {
   if (item.pass == 0)
     load_chunk_scales(args.page, item.chunk.page, item.chunk.token, item.chunk.tokens, task.key_end - item.key,
                       *b.scales);
@@ -174,15 +174,15 @@ void softmax_item(const AttentionArgs& args, const AttentionTask& task, const De
     RowIntegers at;
     for (int part = 0; part < 2; ++part) {
       for (int half = 0; half < 2; ++half) {
-        at.score[part][half] = item.integers.score[part] + (half * shape.rows + r) * kRowStride;
+        at.score[part][half] = item.integers.score[part] + (half * shape.rows + r) * kScoreStride;
         at.weight[part][half] = item.integers.weight[part] + (half * shape.rows + r) * kRowStride;
       }
     }
     const int64_t position = task.position + (first + r) / args.group;
     const int64_t begin = (args.window < 0 ? 0 : position - args.window + 1) - item.key;
     const int64_t end = min(position + 1, task.key_end) - item.key, tiles = item.chunk.tokens / 16;
-    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, *b.scales, row[r], at, begin, end)
-                                   : softmax_tiles<1>(tiles, *b.scales, row[r], at, begin, end);
+    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, *b.scales, row[r], at, begin, end, prefetch)
+                                   : softmax_tiles<1>(tiles, *b.scales, row[r], at, begin, end, prefetch);
     jobs.advance(r + 1, count);
   }
 }
@@ -235,22 +235,25 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
     take(b.zero, all * 32);
     take(b.row_max, all);
     for (int i = 0; i < 4; ++i) {
-      take(b.score[i / 2][i % 2], 2 * shape.rows * kRowStride);
+      take(b.score[i / 2][i % 2], 2 * shape.rows * kScoreStride);
       take(b.weight[i / 2][i % 2], 2 * shape.rows * kRowStride);
     }
     take(b.output, 2 * shape.rows * shape.width);
     take(b.scales, 1);
     take(products_scratch, Products::scratch_bytes(shape));
   }
+  Prefetch prefetch;
+  Items items(args, task, shape, b);
+  // Nothing comes before the first chunk to hide it but this.
+  prefetch.start(p, items.next_chunk(), 0);
+  prefetch.finish();
   quantize_queries(args, task, shape, b.scratch, b.query, b.row);
   __builtin_memset(b.sum, 0, static_cast<size_t>(all * shape.width) * 4);
   __builtin_memset(b.denominator, 0, static_cast<size_t>(all) * 64);
   __builtin_memset(b.zero, 0, static_cast<size_t>(all) * 128);
   for (int64_t r = 0; r < all; ++r) b.row_max[r] = kLowest;
 
-  Prefetch prefetch;
   const Products products(p, shape, products_scratch, prefetch);
-  Items items(args, task, shape, b);
   Item pipeline[3];
   RowSums sums[2][kPassRows];
   pipeline[0] = items.take();
@@ -258,10 +261,11 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   for (int64_t i = 0;; ++i) {
     Item &after = pipeline[i % 3], &now = pipeline[(i + 2) % 3], &before = pipeline[(i + 1) % 3];
     if (!after.valid && !now.valid && !before.valid) break;
-    prefetch.start(items.next_chunk());
-    prefetch.scales(p);
+    prefetch.finish();
+    // About as many steps as softmax and products will make on what is under way.
+    prefetch.start(p, items.next_chunk(), Products::prefetch_steps(p, shape) + kSoftmaxSteps * shape.rows);
     DecodeJobs<Products> jobs(products, before, after, b.output);
-    if (now.valid) softmax_item(args, task, shape, now, b, sums[i % 2], jobs);
+    if (now.valid) softmax_item(args, task, shape, now, b, sums[i % 2], jobs, prefetch);
     jobs.advance(1, 1);
     if (before.valid) add_item(args, task, shape, before, sums[1 - i % 2], b);
     if (now.valid) products.prepare_outputs(now.chunk);

@@ -9,14 +9,15 @@
 #include "convert.h"
 #include "exp2.h"
 #include "lanes.h"
+#include "prefetch.h"
 
 namespace resq {
 namespace {
 
 constexpr int64_t kChunk = 128;  // tokens, at most; a chunk lies within a page
-// Elements between rows of scores and weights: off a power of 2, so that rows and buffers do not lie 4096 bytes apart,
-// where a load waits for any recent store.
-constexpr int64_t kRowStride = kChunk + 64;
+// Elements between rows of weights and of scores: off a power of 2, so that rows and buffers do not lie 4096 bytes
+// apart, where a load waits for any recent store.
+constexpr int64_t kRowStride = kChunk + 64, kScoreStride = kChunk + 16;
 constexpr int32_t kQueryLevels = 127 * 128 + 63;    // qh in [-127, 127], ql in [-64, 63]
 constexpr int32_t kWeightLevels = 127 * 128 + 127;  // both bytes in [0, 127]
 constexpr float kLowest = -3e38f;                   // score of a key that is not seen, in units of q's codes
@@ -127,14 +128,19 @@ struct RowSums {
   bool seen;           // any key of the chunk
 };
 
+constexpr int64_t kSoftmaxSteps = 10;  // of the prefetch, for a row of a whole chunk
+
 // A chunk of 16·N tokens, of which [begin, end) are seen.
 template <int N, int kParts>
-RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin, int64_t end) {
+RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin, int64_t end,
+                      Prefetch& prefetch) {
   __m512 score[N];
+  Prefetch::Steps ahead(prefetch);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
+      if (part == 0) ahead.step();
       const __m512i high = _mm512_loadu_si512(at.score[part][0] + 16 * i);
       const __m512i low = _mm512_loadu_si512(at.score[part][1] + 16 * i);
       const __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
@@ -164,6 +170,7 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntege
   for (int i = 0; i < N; ++i) {
     score[i] = exp2_negative(_mm512_fmsub_ps(score[i], unit, reference));
     sums.denominator = _mm512_add_ps(sums.denominator, score[i]);
+    if (i % 4 == 1) ahead.step();
   }
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {

@@ -14,13 +14,18 @@ namespace {
 
 class TileProducts {
  public:
-  TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch, const Prefetch& prefetch)
+  TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch, Prefetch& prefetch)
       : page_(page), shape_(shape), prefetch_(prefetch), scope_(shapes(page, shape)), steps_(shape.low_bytes / 64),
         key_(static_cast<uint8_t*>(scratch)), value_low_(key_ + kRing * steps_ * kTile),
         value_high_(value_low_ + 2 * kValueBlock) {}
 
   static int64_t scratch_bytes(const DecodeShape& s) {
     return kRing * (s.low_bytes / 64) * kTile + 2 * kValueBlock + kSteps * s.high_lanes * kTile;
+  }
+
+  // Of the prefetch, on a whole chunk: one for every vector of codes.
+  static int64_t prefetch_steps(const PageLayout& p, const DecodeShape& s) {
+    return p.low_padded / 8 * (kChunk / kTokenTile) + s.low_lanes * (kChunk / 4);
   }
 
   // Spread what the first jobs on a chunk need.
@@ -63,14 +68,13 @@ class TileProducts {
       tile_zero<kC2>();
       tile_load<kBHigh>(high + t * high_tile, 64);
       tile_bytes<kC2, kAHigh, kBHigh>();
-      tile_store<kC2>(n.score[1] + 16 * t, kRowStride * 4);
-      high += t * high_tile + prefetch_.distance(chunk, page_.high_padded);
-      for (int64_t i = 0; i < high_tile; i += 64) _mm_prefetch(high + i, _MM_HINT_T1);
     }
-    tile_store<kC>(n.score[0] + 16 * t, kRowStride * 4);
     // After the loads above: they would wait for stores as far as 4096 bytes away.
     if (t + kAhead < tiles) spread_keys(chunk, t + kAhead);
     tile_fence();
+    // Behind the vector work that needs nothing of the products.
+    tile_store<kC>(n.score[0] + 16 * t, kScoreStride * 4);
+    if (page_.high) tile_store<kC2>(n.score[1] + 16 * t, kScoreStride * 4);
   }
 
   // One job a vector of lanes; the last one does the high part.
@@ -92,7 +96,7 @@ class TileProducts {
 
  private:
   static constexpr int64_t kTile = 1024, kSteps = kChunk / 64;
-  static constexpr int64_t kRing = 4, kAhead = 2;                  // tiles of K
+  static constexpr int64_t kRing = 2, kAhead = 1;                  // tiles of K; four and two took 3 % longer
   static constexpr int64_t kValueBlock = 2 * kSteps * kTile;       // one vector of lanes: low nibbles, high nibbles
   // Tile registers. Those up to kAHigh have a row per row of q, kBHigh one per word of K's high part.
   static constexpr int kC = 0, kC2 = 1, kA = 2, kA2 = 3, kAHigh = 4, kB = 5, kB2 = 6, kBHigh = 7;
@@ -107,8 +111,8 @@ class TileProducts {
     return s;
   }
 
-  RESQ_INLINE static void spread(const uint8_t* from, int64_t ahead, uint8_t* low, uint8_t* high) {
-    _mm_prefetch(from + ahead, _MM_HINT_T1);
+  RESQ_INLINE static void spread(const uint8_t* from, uint8_t* low, uint8_t* high, Prefetch::Steps& ahead) {
+    ahead.step();
     const __m512i mask = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(from);
     _mm512_store_si512(low, _mm512_and_si512(codes, mask));
     _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
@@ -116,21 +120,23 @@ class TileProducts {
 
   // Rows past the part's words keep old bytes: they meet zeros of q.
   void spread_keys(const Chunk& chunk, int64_t t) const {
-    const int64_t tile = page_.low_padded * 8, ahead = prefetch_.distance(chunk, page_.low_padded / 2);
+    const int64_t tile = page_.low_padded * 8;
     const uint8_t* from = chunk.page + page_.key_low + (chunk.token / kTokenTile + t) * tile;
     uint8_t* to = key_ + t % kRing * steps_ * kTile;
+    Prefetch::Steps ahead(prefetch_);
 #pragma GCC unroll 4
-    for (int64_t g = 0; g < page_.low_padded / 8; ++g) spread(from + g * 64, ahead, to + 128 * g, to + 128 * g + 64);
+    for (int64_t g = 0; g < page_.low_padded / 8; ++g) spread(from + g * 64, to + 128 * g, to + 128 * g + 64, ahead);
   }
 
   // Rows past the chunk's quads keep old bytes: their weights are 0.
   void spread_values(const Chunk& chunk, int64_t v) const {
-    const int64_t quad = page_.low_padded * 2, ahead = prefetch_.distance(chunk, page_.low_padded / 2);
+    const int64_t quad = page_.low_padded * 2;
     const uint8_t* from = chunk.page + page_.value_low + chunk.token / 4 * quad + 64 * v;
     uint8_t* to = value_low_ + v % 2 * kValueBlock;
+    Prefetch::Steps ahead(prefetch_);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < chunk.tokens / 4; ++i)
-      spread(from + i * quad, ahead, to + 64 * i, to + kSteps * kTile + 64 * i);
+      spread(from + i * quad, to + 64 * i, to + kSteps * kTile + 64 * i, ahead);
   }
 
   static void load_weights(const int8_t* weight, bool two) {
@@ -146,9 +152,6 @@ class TileProducts {
       __builtin_memcpy(value_high_, high, static_cast<size_t>(chunk.tokens / 4 * high_quad));
       high = value_high_;
     }
-    const int64_t ahead = prefetch_.distance(chunk, page_.high_padded);
-    for (int64_t i = 0; i < chunk.tokens / 4 * high_quad; i += 64)
-      _mm_prefetch(chunk.page + page_.value_high + chunk.token / 4 * high_quad + ahead + i, _MM_HINT_T1);
     load_weights(n.weight[1], two);
     for (int64_t v = 0; v < shape_.high_lanes; ++v)
       multiply(high + 64 * v, high_quad, 16 * high_quad, two, out + 16 * v);
@@ -168,7 +171,7 @@ class TileProducts {
 
   const PageLayout& page_;
   const DecodeShape& shape_;
-  const Prefetch& prefetch_;
+  Prefetch& prefetch_;
   const TileScope scope_;
   const int64_t steps_;
   uint8_t *key_, *value_low_, *value_high_;

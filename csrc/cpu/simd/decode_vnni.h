@@ -7,21 +7,22 @@
 namespace resq {
 namespace {
 
-// out[r · kRowStride + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
+// out[r · kScoreStride + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
 template <int R, int NT, bool kNibbles>
 void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const int8_t* q, int64_t q_stride,
-                  int32_t* out, int64_t ahead) {
+                  int32_t* out, Prefetch& prefetch) {
   __m512i acc[R][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) acc[r][t] = _mm512_setzero_si512();
   const __m512i mask = _mm512_set1_epi8(15);
+  Prefetch::Steps ahead(prefetch);
   for (int64_t g = 0; g < words; ++g) {
 #pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) {
       const uint8_t* at = tile + t * tile_bytes + g * 64;
-      _mm_prefetch(at + ahead, _MM_HINT_T1);
+      ahead.step();
       const __m512i codes = _mm512_loadu_si512(at);
       if constexpr (kNibbles) {
         const __m512i low = _mm512_and_si512(codes, mask);
@@ -39,26 +40,26 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int t = 0; t < NT; ++t) _mm512_storeu_si512(out + r * kRowStride + 16 * t, acc[r][t]);
+    for (int t = 0; t < NT; ++t) _mm512_storeu_si512(out + r * kScoreStride + 16 * t, acc[r][t]);
 }
 
 // As many tiles at a time as the registers hold.
 template <int R, bool kNibbles>
 void key_part(const uint8_t* tile, int64_t tile_bytes, int64_t tiles, int64_t words, const int8_t* q, int64_t q_stride,
-              int32_t* out, int64_t ahead) {
+              int32_t* out, Prefetch& prefetch) {
   constexpr int together = R <= 4 ? 4 : R <= 8 ? 2 : 1;
   int64_t t = 0;
   for (; t + together <= tiles; t += together)
-    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, ahead);
+    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
   for (; t < tiles; ++t)
-    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, ahead);
+    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
 }
 
 // out[r · width + lane] = Σ over the chunk's tokens of V's codes · weight for NV vectors of lanes; the high nibbles'
 // results follow `nibble_width` later.
 template <int R, int NV, bool kNibbles>
 void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, const int8_t* weight, int32_t* out,
-                    int64_t width, int64_t nibble_width, int64_t ahead) {
+                    int64_t width, int64_t nibble_width, Prefetch& prefetch) {
   constexpr int kFields = kNibbles ? 2 : 1;
   __m512i acc[R][NV][kFields];
 #pragma GCC unroll 8
@@ -68,11 +69,12 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
 #pragma GCC unroll 2
       for (int f = 0; f < kFields; ++f) acc[r][v][f] = _mm512_setzero_si512();
   const __m512i mask = _mm512_set1_epi8(15);
+  Prefetch::Steps ahead(prefetch);
   for (int64_t i = 0; i < quads; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const uint8_t* at = quad + i * quad_bytes + v * 64;
-      _mm_prefetch(at + ahead, _MM_HINT_T1);
+      ahead.step();
       const __m512i codes = _mm512_loadu_si512(at);
       if constexpr (kNibbles) {
         const __m512i low = _mm512_and_si512(codes, mask);
@@ -98,9 +100,15 @@ void value_products(const uint8_t* quad, int64_t quad_bytes, int64_t quads, cons
 
 class VpdpbusdProducts {
  public:
-  VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*, const Prefetch& prefetch)
+  VpdpbusdProducts(const PageLayout& page, const DecodeShape& shape, void*, Prefetch& prefetch)
       : page_(page), shape_(shape), prefetch_(prefetch) {}
   static int64_t scratch_bytes(const DecodeShape&) { return 0; }
+
+  // Of the prefetch, on a whole chunk: one for every vector of codes.
+  static int64_t prefetch_steps(const PageLayout& p, const DecodeShape& s) {
+    const int64_t keys = p.low_padded / 8 + p.high_padded / 4, values = s.low_lanes + s.high_lanes;
+    return keys * (kChunk / kTokenTile) + values * (kChunk / 4);
+  }
 
   void prepare_scores(const Chunk&) const {}
   void prepare_outputs(const Chunk&) const {}
@@ -136,13 +144,11 @@ class VpdpbusdProducts {
   void rows_scores(const Chunk& chunk, const PassIntegers& n) const {
     const int64_t tile = chunk.token / kTokenTile, tiles = chunk.tokens / kTokenTile;
     const int64_t low_tile = page_.low_padded * 8, high_tile = page_.high_padded * 16;
-    const int64_t low_ahead = prefetch_.distance(chunk, page_.low_padded / 2);
-    const int64_t high_ahead = prefetch_.distance(chunk, page_.high_padded);
     key_part<R, true>(chunk.page + page_.key_low + tile * low_tile, low_tile, tiles, page_.low_padded / 8, n.query,
-                      shape_.query_bytes, n.score[0], low_ahead);
+                      shape_.query_bytes, n.score[0], prefetch_);
     if (page_.high)
       key_part<R, false>(chunk.page + page_.key_high + tile * high_tile, high_tile, tiles, page_.high_padded / 4,
-                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1], high_ahead);
+                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1], prefetch_);
   }
 
   template <int R>
@@ -150,8 +156,6 @@ class VpdpbusdProducts {
     constexpr int together = R <= 4 ? 2 : 1;
     const int64_t quads = chunk.tokens / 4, quad = chunk.token / 4;
     const int64_t low_quad = page_.low_padded * 2, high_quad = page_.high_padded * 4;
-    const int64_t low_ahead = prefetch_.distance(chunk, page_.low_padded / 2);
-    const int64_t high_ahead = prefetch_.distance(chunk, page_.high_padded);
     const int8_t* low_weight = n.weight[0] + first * kRowStride;
     int32_t* out = output + first * shape_.width;
     const int64_t width = shape_.width, nibble_width = 16 * shape_.low_lanes;
@@ -159,19 +163,19 @@ class VpdpbusdProducts {
     int64_t v = 0;
     for (; v + together <= shape_.low_lanes; v += together)
       value_products<R, together, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width,
-                                        low_ahead);
+                                        prefetch_);
     for (; v < shape_.low_lanes; ++v)
       value_products<R, 1, true>(low + v * 64, low_quad, quads, low_weight, out + 16 * v, width, nibble_width,
-                                        low_ahead);
+                                        prefetch_);
     const uint8_t* high = chunk.page + page_.value_high + quad * high_quad;
     for (v = 0; v < shape_.high_lanes; ++v)
       value_products<R, 1, false>(high + v * 64, high_quad, quads, n.weight[1] + first * kRowStride,
-                                  out + 2 * nibble_width + 16 * v, width, 0, high_ahead);
+                                  out + 2 * nibble_width + 16 * v, width, 0, prefetch_);
   }
 
   const PageLayout& page_;
   const DecodeShape& shape_;
-  const Prefetch& prefetch_;
+  Prefetch& prefetch_;
 };
 
 }  // namespace
