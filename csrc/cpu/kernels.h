@@ -173,6 +173,8 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end);
   // Superblocks [superblock, superblock_end) of output columns for rows [begin, end).
   void (*linear)(const LinearArgs&, int64_t superblock, int64_t superblock_end, int64_t begin, int64_t end);
+  // Superblocks of a call that make `linear` read fastest for so few rows.
+  int64_t (*abreast)(int64_t rows);
   void (*hadamard)(const HadamardRowsArgs&, int64_t begin, int64_t end);
   // Tokens [begin, end).
   void (*kv_write)(const KVWriteArgs&, int64_t begin, int64_t end);

@@ -84,10 +84,10 @@ void share_out(int64_t count, int64_t share, const Body& body) {
 }
 
 // body(begin, end) over shares of [0, count), for work that is read in order: every thread begins with a stretch of its
-// own, and one that is through it helps the others. Where something else takes a core for a while, halves dealt out once
-// had one thread wait a sixth of a decode step.
+// own, of which it takes `step` at a time, and one that is through it helps the others share by share. Where something
+// else takes a core for a while, halves dealt out once had one thread wait a sixth of a decode step.
 template <typename Prepare, typename Body>
-void share_streams(int64_t count, int64_t share, const Prepare& prepare, const Body& body) {
+void share_streams(int64_t count, int64_t share, int64_t step, const Prepare& prepare, const Body& body) {
   struct alignas(64) Cursor {
     std::atomic<int64_t> next;
     int64_t end;
@@ -104,8 +104,9 @@ void share_streams(int64_t count, int64_t share, const Prepare& prepare, const B
       auto prepared = prepare(w == 0);
       for (int64_t i = 0; i < workers; ++i) {
         Cursor& cursor = cursors[(w + i) % workers];
-        for (int64_t at; (at = cursor.next.fetch_add(share, std::memory_order_relaxed)) < cursor.end;)
-          body(prepared, at, std::min(cursor.end, at + share));
+        const int64_t part = i ? share : step;
+        for (int64_t at; (at = cursor.next.fetch_add(part, std::memory_order_relaxed)) < cursor.end;)
+          body(prepared, at, std::min(cursor.end, at + part));
       }
     }
   });
@@ -168,7 +169,7 @@ void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
       k.quantize(q, 0, rows * q.plan.blocks);
       return l;
     };
-    share_streams(superblocks, share, quantized, [&](const LinearArgs& l, int64_t begin, int64_t end) {
+    share_streams(superblocks, share, std::max(share, k.abreast(rows)), quantized, [&](const LinearArgs& l, int64_t begin, int64_t end) {
       k.linear(l, begin, end, 0, rows);
     });
     return;

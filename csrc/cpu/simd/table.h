@@ -9,7 +9,8 @@ namespace resq {
 namespace {
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize_units, linear_superblocks, hadamard_rows, kv_write_tokens, attention_float, merge_shares};
+  return {name,          quantize_units,  linear_superblocks, abreast,
+          hadamard_rows, kv_write_tokens, attention_float,    merge_shares};
 }
 
 }  // namespace
