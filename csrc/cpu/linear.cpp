@@ -81,6 +81,12 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
   share_out(units, share_of(units, tasks), [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
 
   const int64_t superblocks = (l.n + kSuperblock - 1) / kSuperblock;
+  if (k.abreast(rows) > 1) {  // read in order, as many side by side as is fastest
+    const int64_t share = std::max<int64_t>(1, kThreadBytes / l.plan.superblock_bytes);
+    share_streams(superblocks, share, std::max(share, k.abreast(rows)), [](bool) { return 0; },
+                  [&](int, int64_t begin, int64_t end) { k.linear(l, begin, end, 0, rows); });
+    return;
+  }
   const int64_t panels = (rows + panel_rows - 1) / panel_rows;
   // Few superblocks leave threads idle: cut the rows as well.
   const int64_t tile = rows >= 2 * kPanelTile ? kPanelTile : kRowTile;
