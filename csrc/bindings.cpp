@@ -66,6 +66,7 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "str kernel=\"\", int splits=0) -> Tensor");
   m.def(
       "cuda_kernel(int device, int m, int n, int[] segments, int[] group_bits, int low_bits, int weight_group=0) -> str");
+  m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("hadamard(Tensor x, int groups, Tensor? hadamard_k) -> Tensor");
   m.def(
       "kv_write(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? rotation, int high, "
@@ -92,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("between_attentions", TORCH_BOX(&resq::between_attentions));
   m.impl("pack_weight", TORCH_BOX(&resq::pack_weight));
   m.impl("quantize_activation", TORCH_BOX(&resq::quantize_activation));
+  m.impl("linear_bf16", TORCH_BOX(&resq::linear_bf16));
   m.impl("hadamard", TORCH_BOX(&resq::hadamard));
   m.impl("kv_write", TORCH_BOX(&resq::kv_write));
   m.impl("attention", TORCH_BOX(&resq::attention));

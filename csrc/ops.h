@@ -65,6 +65,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vec
 
 Tensor hadamard(const Tensor& x, int64_t groups, const std::optional<Tensor>& hadamard_k);
 
+// x·Wᵀ of few rows in bfloat16, W as it lies in the checkpoint.
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
               const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits);
 

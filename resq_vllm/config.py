@@ -13,12 +13,12 @@ from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.metadata import QUANT_METHOD, LinearSite, QuantizationMetadata, SiteName
 from resq_vllm.formats.plan import LinearPlan
 from resq_vllm.log import log_once
-from resq_vllm.vllm_api import QuantizationConfig, current_platform
+from resq_vllm.vllm_api import QuantizationConfig, current_platform, get_tensor_model_parallel_rank
 
 if TYPE_CHECKING:
     from resq_vllm.kv_cache import ResQKVCacheMethod
     from resq_vllm.linear import ResQLinearMethod
-    from resq_vllm.lm_head import ResQLMHeadMethod
+    from resq_vllm.lm_head import BFloat16HeadMethod, ResQLMHeadMethod
 
 # The last component of a module's name -> the site whose quantization it has. Fused vLLM layers and their HF parts.
 SITE_OF_MODULE: dict[str, SiteName] = {
@@ -126,14 +126,18 @@ class ResQConfig(QuantizationConfig):
 
         return ResQLinearMethod(self, self.site(prefix))
 
-    def _lm_head_method(self) -> ResQLMHeadMethod | None:
-        from resq_vllm.lm_head import ResQLMHeadMethod, float_name
+    def _lm_head_method(self) -> ResQLMHeadMethod | BFloat16HeadMethod | None:
+        from resq_vllm.lm_head import ResQLMHeadMethod, float_head_method, float_name
 
         if self.metadata.lm_head_site is not None:
             return ResQLMHeadMethod(self)
         # vLLM makes the served dtype torch's default while it builds layers.
-        self.lm_head = self.lm_head or float_name(torch.get_default_dtype())
-        return None
+        dtype = torch.get_default_dtype()
+        self.lm_head = self.lm_head or float_name(dtype)
+        method, words = float_head_method(dtype)
+        if words and get_tensor_model_parallel_rank() == 0:
+            log_once(logging.INFO, f"ResQ: {words}")
+        return method
 
     def site(self, prefix: str) -> LinearSite:
         """The quantization of the linear module ``prefix``. Raises ResQError for a module of no known site."""

@@ -134,6 +134,15 @@ def linear_planned(
     return torch.ops.resq.linear_planned.default(x, packed, scales, wsum, bias, plan, hadamard_k)
 
 
+def linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K]·Wᵀ + bias for few rows of x: weight [N, K] contiguous and bias [N], all bfloat16, sums in float32.
+
+    Reads the weight once for every 8 rows, at the memory's speed up to about 4. A row's result does not depend on the
+    other rows. Raises RuntimeError with one sentence on bad arguments.
+    """
+    return torch.ops.resq.linear_bf16.default(x, weight, bias)
+
+
 def quantize_activation(
     x: torch.Tensor,
     segments: Sequence[int],
@@ -319,6 +328,11 @@ def _quantize_activation_fake(
         x.new_empty(groups, dtype=torch.float32),
         x.new_empty(groups, dtype=torch.int32),
     )
+
+
+@torch.library.register_fake("resq::linear_bf16")
+def _linear_bf16_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("resq::hadamard")

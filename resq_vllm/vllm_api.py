@@ -41,6 +41,7 @@ SYMBOLS: dict[str, str] = {
     "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding",
     "QuantizationConfig": "vllm.model_executor.layers.quantization.base_config",
     "RoutedExperts": "vllm.model_executor.layers.fused_moe",
+    "UnquantizedEmbeddingMethod": "vllm.model_executor.layers.vocab_parallel_embedding",
     "UnquantizedLinearMethod": "vllm.model_executor.layers.linear",
     "VllmConfig": "vllm.config",
     "current_platform": "vllm.platforms",

@@ -103,6 +103,14 @@ struct LinearArgs {
   bool out_past_caches;  // the output would only displace what is read again
 };
 
+// y [rows, n] = x·Wᵀ of few rows, all bfloat16.
+struct FloatRowsArgs {
+  const uint16_t *x, *weight, *bias;  // weight [n, columns]; bias [n] or null
+  uint16_t* out;
+  int64_t rows, row_stride, n, columns;
+  int64_t padded;  // pairs of columns in whole vectors of any ISA
+};
+
 struct HadamardRowsArgs {
   const void* x;
   void* out;
@@ -173,7 +181,12 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end);
   // Superblocks [superblock, superblock_end) of output columns for rows [begin, end).
   void (*linear)(const LinearArgs&, int64_t superblock, int64_t superblock_end, int64_t begin, int64_t end);
+  // Superblocks of a call that make `linear` read fastest for so few rows.
+  int64_t (*abreast)(int64_t rows);
   void (*hadamard)(const HadamardRowsArgs&, int64_t begin, int64_t end);
+  // x as the next one takes it, in memory of the calling thread; outputs [begin, end).
+  const float* (*float_rows_input)(const FloatRowsArgs&);
+  void (*float_rows)(const FloatRowsArgs&, const float* x, int64_t begin, int64_t end);
   // Tokens [begin, end).
   void (*kv_write)(const KVWriteArgs&, int64_t begin, int64_t end);
   void (*attention)(const AttentionArgs&, const AttentionTask&);
@@ -196,7 +209,7 @@ extern const Kernels kAmxKernels;
 // A buffer of at least `bytes`, aligned to 64, that belongs to the calling thread and lives until it ends or asks for
 // more from the same slot. Each slot has one user, so nested calls never share one.
 enum class Slot : int {
-  activation_row, hadamard, group_range, inline_codes, panel_codes, tiles, kv_rows, attention, count
+  activation_row, hadamard, group_range, inline_codes, panel_codes, tiles, kv_rows, attention, float_rows, count
 };
 void* thread_scratch(Slot slot, int64_t bytes);
 

@@ -1,12 +1,9 @@
 #include "linear.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <atomic>
-#include <thread>
 
 #include "isa.h"
+#include "share.h"
 
 namespace resq {
 namespace {
@@ -62,55 +59,6 @@ const void* row_address(const void* base, DType dtype, int64_t elements) {
   return static_cast<const uint8_t*>(base) + elements * (dtype == DType::f32 ? 4 : 2);
 }
 
-// Threads that can run at once, however many were asked for.
-int64_t usable_threads() {
-  static const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
-  return std::min(static_cast<int64_t>(torch::stable::get_num_threads()), cores);
-}
-
-// body(begin, end) over shares of [0, count) that threads take as they become free: a thread that loses its core for a
-// while holds up one share.
-template <typename Body>
-void share_out(int64_t count, int64_t share, const Body& body) {
-  const int64_t workers = std::min(usable_threads(), (count + share - 1) / share);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (;;) {
-      const int64_t begin = next.fetch_add(share, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(begin, std::min(count, begin + share));
-    }
-  });
-}
-
-// body(begin, end) over shares of [0, count), for work that is read in order: every thread begins with a stretch of its
-// own, and one that is through it helps the others. Where something else takes a core for a while, halves dealt out once
-// had one thread wait a sixth of a decode step.
-template <typename Prepare, typename Body>
-void share_streams(int64_t count, int64_t share, const Prepare& prepare, const Body& body) {
-  struct alignas(64) Cursor {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  constexpr int64_t kMost = 256;
-  const int64_t workers = std::clamp<int64_t>((count + share - 1) / share, 1, std::min(usable_threads(), kMost));
-  Cursor cursors[kMost];
-  for (int64_t w = 0; w < workers; ++w) {
-    cursors[w].next.store(count * w / workers, std::memory_order_relaxed);
-    cursors[w].end = count * (w + 1) / workers;
-  }
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      auto prepared = prepare(w == 0);
-      for (int64_t i = 0; i < workers; ++i) {
-        Cursor& cursor = cursors[(w + i) % workers];
-        for (int64_t at; (at = cursor.next.fetch_add(share, std::memory_order_relaxed)) < cursor.end;)
-          body(prepared, at, std::min(cursor.end, at + share));
-      }
-    }
-  });
-}
-
 int64_t share_of(int64_t count, int64_t tasks) { return std::max<int64_t>(1, count / tasks); }
 
 // Rows [first, first + rows) as arguments of their own.
@@ -133,6 +81,12 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
   share_out(units, share_of(units, tasks), [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
 
   const int64_t superblocks = (l.n + kSuperblock - 1) / kSuperblock;
+  if (k.abreast(rows) > 1) {  // read in order, as many side by side as is fastest
+    const int64_t share = std::max<int64_t>(1, kThreadBytes / l.plan.superblock_bytes);
+    share_streams(superblocks, share, std::max(share, k.abreast(rows)), [](bool) { return 0; },
+                  [&](int, int64_t begin, int64_t end) { k.linear(l, begin, end, 0, rows); });
+    return;
+  }
   const int64_t panels = (rows + panel_rows - 1) / panel_rows;
   // Few superblocks leave threads idle: cut the rows as well.
   const int64_t tile = rows >= 2 * kPanelTile ? kPanelTile : kRowTile;
@@ -168,7 +122,7 @@ void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
       k.quantize(q, 0, rows * q.plan.blocks);
       return l;
     };
-    share_streams(superblocks, share, quantized, [&](const LinearArgs& l, int64_t begin, int64_t end) {
+    share_streams(superblocks, share, std::max(share, k.abreast(rows)), quantized, [&](const LinearArgs& l, int64_t begin, int64_t end) {
       k.linear(l, begin, end, 0, rows);
     });
     return;

@@ -122,6 +122,16 @@ def test_any_weight_group(
     _check(Weights(plan, outputs, low_bits, seed), _input(5, plan.columns, torch.float32, seed))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("outputs", [64, 128, 191, 256, 300, 449, 640])
+def test_superblocks_side_by_side(rows: int, outputs: int) -> None:
+    """Few rows read up to four superblocks at once, and what is left of them by twos and one by one."""
+    for name in ("split", "down_blocks_with_high"):
+        plan, low_bits = PLANS[name]
+        bias = torch.randn(outputs, generator=generator(rows))
+        _check(Weights(plan, outputs, low_bits, rows), _input(rows, plan.columns, torch.float32, outputs), bias)
+
+
 @pytest.mark.parametrize("rows", [255, 256, 257, 700])
 def test_more_rows_than_a_panel(rows: int) -> None:
     plan, low_bits = PLANS["down_blocks"]

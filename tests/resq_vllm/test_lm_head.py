@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from resq_vllm import config as config_module
 from resq_vllm import linear as linear_module
-from resq_vllm import reference
+from resq_vllm import ops, reference
 from resq_vllm.config import ResQConfig
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import linear_plan
 from resq_vllm.linear import ResQLinearMethod
-from resq_vllm.lm_head import ResQLMHeadMethod, float_name, is_lm_head
+from resq_vllm.lm_head import FEW_TOKENS, BFloat16HeadMethod, ResQLMHeadMethod, float_name, is_lm_head
 from tests.resq_vllm.conftest import HEAD_DIM, HIDDEN, VOCAB, quantization_config
 
 Tensors = dict[str, torch.Tensor]
@@ -217,3 +218,113 @@ def test_float_names() -> None:
 def test_sixteen_bit_checkpoint_has_no_such_method() -> None:
     with pytest.raises(ResQError, match="lm_head is in 16 bits in this checkpoint"):
         ResQLMHeadMethod(ResQConfig.from_config(quantization_config()))
+
+
+# --- a head in bfloat16 -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def plain(rank_of: Callable[[int, int], None], default_dtype: Callable[[torch.dtype], None]) -> ResQConfig:
+    """A checkpoint with a 16-bit head, served in bfloat16 on one rank."""
+    rank_of(0, 1)
+    default_dtype(torch.bfloat16)
+    return ResQConfig.from_config(quantization_config())
+
+
+def weight(vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(vocab, HIDDEN, generator=torch.Generator().manual_seed(5), dtype=torch.float32).bfloat16()
+
+
+def plain_head(config: ResQConfig, vocab: int = VOCAB) -> Any:
+    layer = head_of(config, vocab=vocab)
+    layer.weight.weight_loader(layer.weight, weight(vocab))
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+class Calls:
+    """Counts the calls of ops.linear_bf16."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tokens: list[int] = []
+        inner = ops.linear_bf16
+
+        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            self.tokens.append(x.shape[0])
+            return inner(x, weight, bias)
+
+        monkeypatch.setattr(ops, "linear_bf16", call)
+
+
+def test_few_tokens_take_our_kernel_and_more_vllms(plain: ResQConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    calls, layer = Calls(monkeypatch), plain_head(plain)
+    assert type(layer.quant_method) is BFloat16HeadMethod
+    processor = LogitsProcessor(VOCAB)
+    for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1, 0):
+        x = inputs(tokens).bfloat16()
+        logits = processor(layer, x)
+        assert logits.shape == (tokens, VOCAB)
+        torch.testing.assert_close(logits, reference.linear_bf16(x, weight()))
+    assert calls.tokens == [1, FEW_TOKENS, 0]
+
+
+def test_other_inputs_take_vllms_product(plain: ResQConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, layer, x = Calls(monkeypatch), plain_head(plain), inputs(1).bfloat16()
+    apply = layer.quant_method.apply
+    layer.cpu_linear = lambda x, weight, bias: torch.zeros(())
+    assert apply(layer, x.float()).ndim == 0
+    assert apply(layer, x, torch.zeros(128, dtype=torch.float32)).ndim == 0
+    assert not calls.tokens
+    bias = torch.randn(128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert torch.equal(apply(layer, x, bias)[:, :VOCAB], reference.linear_bf16(x, layer.weight, bias)[:, :VOCAB])
+    assert calls.tokens == [1]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_hold_their_rows_of_a_bfloat16_head(
+    plain: ResQConfig, rank_of: Callable[[int, int], None], size: int
+) -> None:
+    x, shares = inputs(2).bfloat16(), []
+    for rank in range(size):
+        rank_of(rank, size)
+        layer = plain_head(plain, 100)
+        shares.append(layer.quant_method.apply(layer, x))
+    logits = torch.cat(shares, -1)
+    torch.testing.assert_close(logits[:, :100], reference.linear_bf16(x, weight(100)))
+    assert torch.equal(logits[:, 100:], torch.zeros(2, 28, dtype=torch.bfloat16))
+
+
+def test_a_tied_head_reads_the_embeddings_weight(plain: ResQConfig) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    embedding = VocabParallelEmbedding(VOCAB, HIDDEN, quant_config=plain, prefix="model.embed_tokens")
+    embedding.weight.weight_loader(embedding.weight, weight())
+    layer = head_of(plain).tie_weights(embedding)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight is embedding.weight
+    assert sum(p.nbytes for p in layer.parameters()) == 128 * HIDDEN * 2
+    x = inputs(1).bfloat16()
+    torch.testing.assert_close(layer.quant_method.apply(layer, x)[:, :VOCAB], reference.linear_bf16(x, weight()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.bfloat16, "lm_head runs on our kernel up to 4 tokens a step"),
+        (torch.float16, "lm_head runs on vLLM's own product, since ours for few tokens takes bf16, not float16"),
+    ],
+)
+def test_log_says_which_product_runs(
+    plain: ResQConfig,
+    default_dtype: Callable[[torch.dtype], None],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    words: str,
+) -> None:
+    default_dtype(dtype)
+    lines: list[str] = []
+    monkeypatch.setattr(config_module, "log_once", lambda level, message: lines.append(message))
+    layer = head_of(plain)
+    assert isinstance(layer.quant_method, BFloat16HeadMethod) == (dtype == torch.bfloat16)
+    assert len(lines) == 1
+    assert words in lines[0]

@@ -79,6 +79,16 @@ def test_lm_head_contract() -> None:
     assert "self.input_size = self.input_size_per_partition = embedding_dim" in made
 
 
+def test_unquantized_head_contract() -> None:
+    method = vllm_api.UnquantizedEmbeddingMethod
+    assert parameters(method.apply) == ["self", "layer", "x", "bias"]
+    assert parameters(method.process_weights_after_loading) == ["self", "layer"]
+    # The weight is left as it was loaded, beside what vLLM's product makes of it.
+    source = inspect.getsource(method.process_weights_after_loading)
+    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)" in source
+    assert "layer.weight = embed_tokens.weight" in inspect.getsource(method.tie_weights)
+
+
 def test_logits_processor_asks_the_method() -> None:
     import vllm.model_executor.layers.logits_processor as logits_processor
 

@@ -19,9 +19,16 @@
 namespace resq {
 namespace {
 
-template <int MR>
-void micro_run(const RunPlace& run, int32_t act_bits, const uint8_t* w, const int8_t* a, int64_t lda, int32_t* acc) {
-  if (run.nibbles) {
+template <int MR, int S>
+void micro_run(const RunPlace& run, int32_t act_bits, const uint8_t* w, int64_t stride, const int8_t* a, int64_t lda,
+               int32_t* acc) {
+  if constexpr (S > 1) {
+    if (run.nibbles) {
+      micro_nibbles<MR, S>(w, a, lda, run.padded / 8, acc, stride);
+    } else {
+      micro_bytes<MR, false, S>(w, a, lda, run.padded / 4, acc, stride);
+    }
+  } else if (run.nibbles) {
     micro_nibbles<MR>(w, a, lda, run.padded / 8, acc);
   } else if (act_bits == 4) {
     micro_bytes<MR, true>(w, a, lda, run.padded / 4, acc);
@@ -48,64 +55,99 @@ RESQ_INLINE void accumulate_run(const int32_t* acc, const int32_t* weight_sum, c
   }
 }
 
-template <int MR>
+// Asks for n words that the epilogue of a product will read.
+RESQ_INLINE void fetch_words(const void* p, int64_t n) {
+  const uint8_t* at = static_cast<const uint8_t*>(p);
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(at + 4 * i);
+}
+
+// MR rows from `row` on with S superblocks, whose n outputs begin at `column`.
+template <int MR, int S>
 void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column, int64_t n, const float* bias,
                  int64_t row) {
-  alignas(64) int32_t acc[MR * kSuperblock];
-  alignas(64) float y[MR * kSuperblock];
+  constexpr int64_t width = S * kSuperblock;
+  alignas(64) int32_t acc[MR * width];
+  alignas(64) float y[MR * width];
   const PlanView& plan = args.plan;
   for (int64_t r = 0; r < plan.n_runs; ++r) {
     const RunPlace& run = plan.runs[r];
     const int32_t bits = plan.group_bits[run.group];
-    micro_run<MR>(run, bits, weights + run.weight_at, args.codes + row * args.code_stride + run.activation_at,
-                  args.code_stride, acc);
-    const int32_t weight_offset = run.nibbles ? 8 : 128;
     const float* weight_scale = args.weight_scale + run.scale_row * args.n + column;
     const int32_t* weight_sum = args.weight_sum + r * args.n + column;
+    fetch_words(weight_scale, n);
+    fetch_words(weight_sum, n);
+    micro_run<MR, S>(run, bits, weights + run.weight_at, plan.superblock_bytes,
+                     args.codes + row * args.code_stride + run.activation_at, args.code_stride, acc);
+    const int32_t weight_offset = run.nibbles ? 8 : 128;
     for (int64_t m = 0; m < MR; ++m) {
       const int64_t at = (row + m) * plan.n_groups + run.group;
       const int32_t start = -weight_offset * args.sums[(row + m) * plan.n_runs + r];
       const int32_t zero = args.zero[at] - code_offset(bits);
-      const int32_t* from = acc + m * kSuperblock;
-      float* to = y + m * kSuperblock;
-      accumulate_run(from, weight_sum, weight_scale, n, start, zero, args.scale[at], r == 0, to);
+      accumulate_run(acc + m * width, weight_sum, weight_scale, n, start, zero, args.scale[at], r == 0, y + m * width);
     }
   }
   for (int64_t m = 0; m < MR; ++m) {
-    float* sum = y + m * kSuperblock;
+    float* sum = y + m * width;
     if (bias)
       for (int64_t j = 0; j < n; ++j) sum[j] += bias[j];
     store_row(sum, args.out_dtype, n, element(args.out, args.out_dtype, (row + m) * args.out_stride + column));
   }
 }
 
-void linear_superblock(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
+// Rows [begin, end) with S superblocks side by side; only few rows take more than one.
+template <int S>
+void linear_abreast(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
   const uint8_t* weights = args.packed + superblock * args.plan.superblock_bytes;
-  const int64_t column = superblock * kSuperblock, n = min(kSuperblock, args.n - column);
-  float bias_values[kSuperblock];
+  const int64_t column = superblock * kSuperblock, n = min(S * kSuperblock, args.n - column);
+  float bias_values[S * kSuperblock];
   const float* bias = nullptr;
   if (args.bias) {
     load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias_values);
     bias = bias_values;
   }
+  const auto rows_from = [&]<int MR>(int64_t row) {
+    if constexpr (S <= kAbreast<MR>) linear_rows<MR, S>(args, weights, column, n, bias, row);
+  };
   for (int64_t row = begin; row < end;) {
     const int64_t blocks = (end - row + kMicroRows - 1) / kMicroRows;
     const int64_t rows = (end - row + blocks - 1) / blocks;
     switch (rows) {
-      case 1: linear_rows<1>(args, weights, column, n, bias, row); break;
-      case 2: linear_rows<2>(args, weights, column, n, bias, row); break;
-      case 3: linear_rows<3>(args, weights, column, n, bias, row); break;
-      case 4: linear_rows<4>(args, weights, column, n, bias, row); break;
-      case 5: linear_rows<5>(args, weights, column, n, bias, row); break;
-      default: linear_rows<6>(args, weights, column, n, bias, row); break;
+      case 1: rows_from.template operator()<1>(row); break;
+      case 2: rows_from.template operator()<2>(row); break;
+      case 3: rows_from.template operator()<3>(row); break;
+      case 4: rows_from.template operator()<4>(row); break;
+      case 5: rows_from.template operator()<5>(row); break;
+      default: rows_from.template operator()<6>(row); break;
     }
     row += rows;
   }
 }
 
+// Superblocks side by side for so many rows.
+int64_t abreast(int64_t rows) {
+  switch (rows) {
+    case 1: return kAbreast<1>;
+    case 2: return kAbreast<2>;
+    case 3: return kAbreast<3>;
+    default: return 1;
+  }
+}
+
 void linear_superblocks(const LinearArgs& args, int64_t superblock, int64_t superblock_end, int64_t begin,
                         int64_t end) {
-  for (; superblock < superblock_end; ++superblock) linear_superblock(args, superblock, begin, end);
+  const int64_t most = abreast(end - begin);
+  while (superblock < superblock_end) {
+    const int64_t count = min(most, superblock_end - superblock);
+    if (count >= 4) {
+      linear_abreast<4>(args, superblock, begin, end);
+      superblock += 4;
+    } else if (count >= 2) {
+      linear_abreast<2>(args, superblock, begin, end);
+      superblock += 2;
+    } else {
+      linear_abreast<1>(args, superblock++, begin, end);
+    }
+  }
 }
 
 }  // namespace

@@ -10,6 +10,8 @@ namespace resq {
 namespace {
 
 constexpr int kMicroRows = 6;
+template <int MR>
+constexpr int kAbreast = 1;
 
 RESQ_INLINE __m256i broadcast_word(const int8_t* p) {
   return _mm256_set1_epi32(*reinterpret_cast<const IntMem*>(p));

@@ -7,6 +7,8 @@ namespace resq {
 namespace {
 
 constexpr int kMicroRows = 6;
+template <int MR>
+constexpr int kAbreast = 1;
 
 template <int MR>
 void micro_nibbles(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {

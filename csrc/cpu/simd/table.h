@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "float_rows.h"
 #include "gemm_int8.h"
 #include "kv_write.h"
 
@@ -9,7 +10,8 @@ namespace resq {
 namespace {
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize_units, linear_superblocks, hadamard_rows, kv_write_tokens, attention_float, merge_shares};
+  return {name,       quantize_units,  linear_superblocks, abreast,     hadamard_rows, float_rows_input,
+          float_rows, kv_write_tokens, attention_float,    merge_shares};
 }
 
 }  // namespace
