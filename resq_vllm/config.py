@@ -18,7 +18,7 @@ from resq_vllm.vllm_api import QuantizationConfig, current_platform, get_tensor_
 if TYPE_CHECKING:
     from resq_vllm.kv_cache import ResQKVCacheMethod
     from resq_vllm.linear import ResQLinearMethod
-    from resq_vllm.lm_head import BFloat16HeadMethod, ResQLMHeadMethod
+    from resq_vllm.lm_head import BFloat16EmbeddingMethod, ResQLMHeadMethod
 
 # The last component of a module's name -> the site whose quantization it has. Fused vLLM layers and their HF parts.
 SITE_OF_MODULE: dict[str, SiteName] = {
@@ -93,12 +93,19 @@ class ResQConfig(QuantizationConfig):
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of ``layer``, or None for one that keeps vLLM's own (embeddings, a 16-bit lm_head or KV cache).
+        """The method of ``layer``, or None for one that keeps vLLM's own (a 16-bit KV cache; elsewhere than on CPUs in
+        bfloat16 embeddings and a 16-bit lm_head).
 
         Raises ResQError for a layer that the checkpoint format does not cover.
         """
-        from resq_vllm.lm_head import is_lm_head
-        from resq_vllm.vllm_api import AttentionLayerBase, LinearBase, RoutedExperts, UnquantizedLinearMethod
+        from resq_vllm.lm_head import float_embedding_method, is_lm_head
+        from resq_vllm.vllm_api import (
+            AttentionLayerBase,
+            LinearBase,
+            RoutedExperts,
+            UnquantizedLinearMethod,
+            VocabParallelEmbedding,
+        )
 
         if isinstance(layer, LinearBase):
             if self.is_ignored(prefix):
@@ -108,6 +115,8 @@ class ResQConfig(QuantizationConfig):
             return self._kv_method(layer, prefix)
         if is_lm_head(layer, prefix):
             return self._lm_head_method()
+        if isinstance(layer, VocabParallelEmbedding):
+            return float_embedding_method(torch.get_default_dtype())[0]
         if isinstance(layer, RoutedExperts) and not self.is_ignored(prefix):
             raise ResQError(f"{prefix}: the checkpoint format has no mixture-of-experts layers; serve a dense model")
         return None
@@ -126,15 +135,15 @@ class ResQConfig(QuantizationConfig):
 
         return ResQLinearMethod(self, self.site(prefix))
 
-    def _lm_head_method(self) -> ResQLMHeadMethod | BFloat16HeadMethod | None:
-        from resq_vllm.lm_head import ResQLMHeadMethod, float_head_method, float_name
+    def _lm_head_method(self) -> ResQLMHeadMethod | BFloat16EmbeddingMethod | None:
+        from resq_vllm.lm_head import ResQLMHeadMethod, float_embedding_method, float_name
 
         if self.metadata.lm_head_site is not None:
             return ResQLMHeadMethod(self)
         # vLLM makes the served dtype torch's default while it builds layers.
         dtype = torch.get_default_dtype()
         self.lm_head = self.lm_head or float_name(dtype)
-        method, words = float_head_method(dtype)
+        method, words = float_embedding_method(dtype)
         if words and get_tensor_model_parallel_rank() == 0:
             log_once(logging.INFO, f"ResQ: {words}")
         return method

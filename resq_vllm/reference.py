@@ -195,13 +195,13 @@ def linear(
     return y.to(x.dtype)
 
 
-# --- KV cache ---------------------------------------------------------------------------------------------------------
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K]·Wᵀ + bias, all bfloat16: float32 sums (in any order), rounded once; weight [N, K], bias [N]."""
     y = x.float() @ weight.float().t()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+# --- KV cache ---------------------------------------------------------------------------------------------------------
 def _kv_parts(layout: KVLayout) -> list[tuple[slice, int]]:
     parts = [(slice(0, layout.low), layout.low_bits)]
     if layout.high:

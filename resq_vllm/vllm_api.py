@@ -44,6 +44,7 @@ SYMBOLS: dict[str, str] = {
     "UnquantizedEmbeddingMethod": "vllm.model_executor.layers.vocab_parallel_embedding",
     "UnquantizedLinearMethod": "vllm.model_executor.layers.linear",
     "VllmConfig": "vllm.config",
+    "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding",
     "current_platform": "vllm.platforms",
     "extract_layer_index": "vllm.model_executor.models.utils",
     "get_current_vllm_config": "vllm.config",

@@ -83,7 +83,8 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
   const int64_t superblocks = (l.n + kSuperblock - 1) / kSuperblock;
   if (k.abreast(rows) > 1) {  // read in order, as many side by side as is fastest
     const int64_t share = std::max<int64_t>(1, kThreadBytes / l.plan.superblock_bytes);
-    share_streams(superblocks, share, std::max(share, k.abreast(rows)), [](bool) { return 0; },
+    const auto nothing = [](bool) { return 0; };
+    share_streams(superblocks, share, std::max(share, k.abreast(rows)), nothing,
                   [&](int, int64_t begin, int64_t end) { k.linear(l, begin, end, 0, rows); });
     return;
   }
@@ -122,9 +123,8 @@ void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
       k.quantize(q, 0, rows * q.plan.blocks);
       return l;
     };
-    share_streams(superblocks, share, std::max(share, k.abreast(rows)), quantized, [&](const LinearArgs& l, int64_t begin, int64_t end) {
-      k.linear(l, begin, end, 0, rows);
-    });
+    share_streams(superblocks, share, std::max(share, k.abreast(rows)), quantized,
+                  [&](const LinearArgs& l, int64_t begin, int64_t end) { k.linear(l, begin, end, 0, rows); });
     return;
   }
   const int64_t panel = std::clamp(kPanelBytes / args.plan.padded_columns / kPanelTile * kPanelTile, kLeastPanelRows,

@@ -16,7 +16,7 @@ from resq_vllm.config import ResQConfig
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import linear_plan
 from resq_vllm.linear import ResQLinearMethod
-from resq_vllm.lm_head import FEW_TOKENS, BFloat16HeadMethod, ResQLMHeadMethod, float_name, is_lm_head
+from resq_vllm.lm_head import FEW_TOKENS, BFloat16EmbeddingMethod, ResQLMHeadMethod, float_name, is_lm_head
 from tests.resq_vllm.conftest import HEAD_DIM, HIDDEN, VOCAB, quantization_config
 
 Tensors = dict[str, torch.Tensor]
@@ -254,11 +254,11 @@ class Calls:
         monkeypatch.setattr(ops, "linear_bf16", call)
 
 
-def test_few_tokens_take_our_kernel_and_more_vllms(plain: ResQConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_take_our_kernel_and_more_torchs(plain: ResQConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
     calls, layer = Calls(monkeypatch), plain_head(plain)
-    assert type(layer.quant_method) is BFloat16HeadMethod
+    assert type(layer.quant_method) is BFloat16EmbeddingMethod
     processor = LogitsProcessor(VOCAB)
     for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1, 0):
         x = inputs(tokens).bfloat16()
@@ -268,16 +268,28 @@ def test_few_tokens_take_our_kernel_and_more_vllms(plain: ResQConfig, monkeypatc
     assert calls.tokens == [1, FEW_TOKENS, 0]
 
 
-def test_other_inputs_take_vllms_product(plain: ResQConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_inputs_take_torchs_product(plain: ResQConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, layer, x = Calls(monkeypatch), plain_head(plain), inputs(1).bfloat16()
     apply = layer.quant_method.apply
-    layer.cpu_linear = lambda x, weight, bias: torch.zeros(())
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: torch.zeros(()))
     assert apply(layer, x.float()).ndim == 0
     assert apply(layer, x, torch.zeros(128, dtype=torch.float32)).ndim == 0
     assert not calls.tokens
     bias = torch.randn(128, generator=torch.Generator().manual_seed(3)).bfloat16()
     assert torch.equal(apply(layer, x, bias)[:, :VOCAB], reference.linear_bf16(x, layer.weight, bias)[:, :VOCAB])
     assert calls.tokens == [1]
+
+
+def test_embedding_and_head_keep_one_copy_of_their_weight(plain: ResQConfig) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    embedding = VocabParallelEmbedding(VOCAB, HIDDEN, quant_config=plain, prefix="model.embed_tokens")
+    embedding.weight.weight_loader(embedding.weight, weight())
+    embedding.quant_method.process_weights_after_loading(embedding)
+    for layer in (embedding, plain_head(plain)):
+        assert type(layer.quant_method) is BFloat16EmbeddingMethod
+        assert not hasattr(layer, "cpu_linear")  # where vLLM keeps the re-laid copy
+    assert torch.equal(embedding(torch.tensor([3, 0])), weight()[[3, 0]])
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -325,6 +337,6 @@ def test_log_says_which_product_runs(
     lines: list[str] = []
     monkeypatch.setattr(config_module, "log_once", lambda level, message: lines.append(message))
     layer = head_of(plain)
-    assert isinstance(layer.quant_method, BFloat16HeadMethod) == (dtype == torch.bfloat16)
+    assert isinstance(layer.quant_method, BFloat16EmbeddingMethod) == (dtype == torch.bfloat16)
     assert len(lines) == 1
     assert words in lines[0]

@@ -83,9 +83,13 @@ def test_unquantized_head_contract() -> None:
     method = vllm_api.UnquantizedEmbeddingMethod
     assert parameters(method.apply) == ["self", "layer", "x", "bias"]
     assert parameters(method.process_weights_after_loading) == ["self", "layer"]
-    # The weight is left as it was loaded, beside what vLLM's product makes of it.
+    # All that it does with loaded weights is to have the CPU's product re-lay a copy, which ours goes without.
     source = inspect.getsource(method.process_weights_after_loading)
     assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)" in source
+    assert source.count("\n") <= 6
+    embedding = vllm_api.VocabParallelEmbedding
+    assert issubclass(vllm_api.ParallelLMHead, embedding)
+    assert "resolve_quant_method(quant_config, self, prefix=prefix)" in inspect.getsource(embedding.__init__)
     assert "layer.weight = embed_tokens.weight" in inspect.getsource(method.tie_weights)
 
 
