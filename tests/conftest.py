@@ -15,6 +15,10 @@ settings.register_profile("resq", deadline=None, derandomize=True)
 settings.load_profile("resq")
 
 os.environ.update(vllm_environment())
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with two threads each on two cores mostly wait for each other's threads: resq quantize took more
+    # than six minutes instead of two. vLLM's engines have as many as VLLM_CPU_OMP_THREADS_BIND says.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 # The longest first: what is left at the end is short.
