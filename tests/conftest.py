@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 BEGIN = ("serving", "offline/test_quality.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers (-n 2 --dist loadgroup), a file's tests stay on one, and so do all that share servers."""
     if not config.pluginmanager.hasplugin("xdist"):
