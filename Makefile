@@ -30,7 +30,7 @@ demo: setup  ## Quantize the bundled model, serve it with vLLM beside bf16, prin
 	@$(BIN)/python -m benchmarks.demo
 
 test: lint  ## Everything: lint, types and all tests
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 lint: setup  ## ruff, format check and mypy
 	@$(BIN)/ruff check .

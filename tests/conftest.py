@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,24 +15,34 @@ settings.register_profile("resq", deadline=None, derandomize=True)
 settings.load_profile("resq")
 
 os.environ.update(vllm_environment())
-if "PYTEST_XDIST_WORKER" in os.environ:
+SHARED = "PYTEST_XDIST_WORKER" in os.environ
+if SHARED:
     # Two processes with two threads each on two cores mostly wait for each other's threads: resq quantize took more
     # than six minutes instead of two. vLLM's engines have as many as VLLM_CPU_OMP_THREADS_BIND says.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TESTS = Path(__file__).parent
 # The longest first: what is left at the end is short.
-BEGIN = ("serving", "offline/test_quality.py")
+BEGIN = ("tests/serving", "tests/offline/test_quality.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (-n 2 --dist loadgroup), a file's tests stay on one, and so do all that share servers."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups = {}
-    for item in items:
-        file = item.path.relative_to(TESTS)
-        groups[item] = file.parts[0] if file.parts[0] == "serving" else file.as_posix()
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: BEGIN.index(groups[item]) if groups[item] in BEGIN else len(BEGIN))
+def scope(nodeid: str) -> str:
+    """What stays in one process: a file's tests, and all that share servers."""
+    file = nodeid.partition("::")[0]
+    return BEGIN[0] if file.startswith(BEGIN[0] + "/") else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SHARED:
+        items.sort(key=lambda item: (*BEGIN, scope(item.nodeid)).index(scope(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (-n 2): scopes as above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    return Scheduler(config, log)
