@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,11 @@ class StandIn:
         self.arguments = arguments
         StandIn.last = self
         self.lots: list[list[int]] = []
+        self.calls: list[int] = []  # lots that were done when something was called in the workers
+
+    def collective_rpc(self, function: Callable[[object], None]) -> None:
+        function(self)
+        self.calls.append(len(self.lots))
 
     def generate(self, prompts: list[dict[str, list[int]]], sampling: Any, use_tqdm: bool) -> list[Any]:
         self.lots.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
@@ -51,6 +57,7 @@ SPEC = {
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "0")  # so that what Engine sets ends with the test
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandIn, SamplingParams=SimpleNamespace))
 
 
@@ -65,6 +72,7 @@ def test_all_cells_run_in_one_engine(tmp_path: Path) -> None:
     assert measured["cells"]["decode/4"]["tpot_ms"] == pytest.approx(10.0)
     assert measured["rss_gib"] > 0
     assert StandIn.last.lots == [[8], [5, 5, 5, 5], [7], [7]]
+    assert StandIn.last.calls == [1]
     assert StandIn.last.arguments["kv_cache_dtype"] == "fp8"
     assert StandIn.last.arguments["load_format"] == "dummy"
 
