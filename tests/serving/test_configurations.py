@@ -38,7 +38,8 @@ def test_two_ranks_with_an_explicit_method(server: VLLMServer, two_rank_server: 
     assert "tensor_parallel_size=2" in log
     assert log.count("ResQ: CPU kernels ") == 1
     assert two_rank_server.kv_tokens() == pytest.approx(2 * server.kv_tokens(), rel=0.01)
-    assert served_perplexity(two_rank_server) == pytest.approx(served_perplexity(server), rel=0.005)
+    # Both are off from float32 by what bf16 rounds (0.4 % of so many tokens), each in its own way.
+    assert served_perplexity(two_rank_server) == pytest.approx(served_perplexity(server), rel=0.01)
     assert greedy(connect(two_rank_server.api_url), text()[:300]).strip()
 
 
