@@ -183,6 +183,8 @@ struct Kernels {
   void (*linear)(const LinearArgs&, int64_t superblock, int64_t superblock_end, int64_t begin, int64_t end);
   // Superblocks of a call that make `linear` read fastest for so few rows.
   int64_t (*abreast)(int64_t rows);
+  // Rows that `linear` should be given together however many columns they have.
+  int64_t panel_rows;
   void (*hadamard)(const HadamardRowsArgs&, int64_t begin, int64_t end);
   // x as the next one takes it, in memory of the calling thread; outputs [begin, end).
   const float* (*float_rows_input)(const FloatRowsArgs&);

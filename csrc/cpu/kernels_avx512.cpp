@@ -26,6 +26,7 @@ const Kernels kAvx512Kernels = kAvx512Table;
 constexpr Kernels with_tiles(Kernels table) {
   table.name = "amx_int8";
   table.linear = linear_tiles;
+  table.panel_rows = kTilePanelRows;
   return table;
 }
 constexpr Kernels kAmxTable = with_tiles(kAvx512Table);

@@ -10,7 +10,7 @@ namespace {
 
 // Rows multiplied together: their codes stay in the L2 cache, but every panel reads and unpacks the weights again. Of
 // 128, 192 and 256 rows of 4096 columns the last are fastest, of 256, 384 and 512 rows of 2048 the second.
-constexpr int64_t kPanelBytes = 1 << 20, kLeastPanelRows = 128, kMostPanelRows = 384;
+constexpr int64_t kPanelBytes = 1 << 20, kMostPanelRows = 384;
 // Codes of all panels are made before the first is multiplied, so that threads wait for each other twice, not twice a
 // panel: up to so many bytes.
 constexpr int64_t kCodeBytes = 16 << 20;
@@ -127,8 +127,8 @@ void run_linear(QuantizeArgs quantize, LinearArgs args, int64_t rows) {
                   [&](const LinearArgs& l, int64_t begin, int64_t end) { k.linear(l, begin, end, 0, rows); });
     return;
   }
-  const int64_t panel = std::clamp(kPanelBytes / args.plan.padded_columns / kPanelTile * kPanelTile, kLeastPanelRows,
-                                   kMostPanelRows);
+  const int64_t panel =
+      std::clamp(kPanelBytes / args.plan.padded_columns / kPanelTile * kPanelTile, k.panel_rows, kMostPanelRows);
   const int64_t most = std::max<int64_t>(1, kCodeBytes / code_stride(args.plan) / panel) * panel;
   place_activation(quantize, args, std::min(rows, most), Slot::panel_codes);
   for (int64_t first = 0; first < rows; first += most) {

@@ -146,6 +146,15 @@ def test_long_runs(low: int, high: int, rows: int) -> None:
     _check(Weights(plan, 72, 4, rows), _input(rows, plan.columns, torch.bfloat16, rows))
 
 
+@pytest.mark.parametrize("outputs", [64, 400])
+def test_wide_layers_a_part_of_the_columns_at_a_time(outputs: int) -> None:
+    """More codes than fit the L2 cache: sums of several superblocks wait, as integers of a run or as the layer's floats."""
+    down = LinearSite(low=7168, high=1024, scales="block", scale_groups=8, hadamard_groups=64)
+    for site in (down, LinearSite(low=6000, high=852)):
+        plan, low_bits = _plan(site)
+        _check(Weights(plan, outputs, low_bits, 2), _input(210, plan.columns, torch.bfloat16, outputs))
+
+
 def test_more_plans_than_are_kept() -> None:
     for _ in range(2):
         for columns in range(2, 150, 2):

@@ -15,6 +15,11 @@ namespace {
 // Rows from which tiles are faster than unpacking in registers (measured: 8 % slower at 6, 7 % faster at 8).
 constexpr int64_t kTileFromRows = 7;
 constexpr int64_t kLead = 2;  // tiles between a weight's unpacking and its use
+// Codes that stay in the L2 cache whole.
+constexpr int64_t kPanelCodes = 5 << 18;
+// Rows that share a stretch's unpacking: of 8192 columns 128 rows filled half of the L2 cache. Now of so many rows only
+// the columns that are multiplied with several superblocks are in it, kSlabBytes of codes, beside kSumBytes of sums.
+constexpr int64_t kTilePanelRows = 256, kSlabBytes = 512 << 10, kSumBytes = 1 << 20;
 
 // What is done between tile products: so many lines to fetch and rows of the epilogue a step. Shares are whole, so that
 // the branches are the same from step to step.
@@ -88,7 +93,11 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t superblock
   constexpr int64_t block = Epilogue::kBlockRows, words = Epilogue::kBlockWords;
   constexpr int64_t scratch_bytes = kStretchTiles * kPairBytes;
   const int64_t rows = end - begin, padded_rows = round_up(rows, kTileRows);
-  const int64_t sums = 2 * round_up(rows, block) * kHalf;
+  const bool whole = rows * plan.padded_columns <= kPanelCodes;
+  const int64_t depth = whole ? plan.padded_columns : max(1, kSlabBytes / (rows * kStretchTiles * kTileDepth));
+  const int64_t most = max(1, kSumBytes / (rows * kSuperblock * static_cast<int64_t>(sizeof(float))));
+  const int64_t abreast = whole ? 1 : min(superblock_end - superblock, most);
+  const int64_t block_sums = round_up(rows, block) * kHalf, sums = 2 * abreast * block_sums;
   const int64_t terms_bytes = round_up(rows * plan.n_runs * static_cast<int64_t>(sizeof(RowTerms)), 64);
   // A stretch of weights; the products of runs that end, for this block and the one before; sums of the long runs that
   // go on, [half][row][column]; the layer's sums between stretches.
@@ -103,7 +112,7 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t superblock
 
   static constexpr TileShapes shapes;
   const TileScope scope(shapes);
-  Stretches stretches(plan, superblock, superblock_end);
+  Stretches stretches(plan, superblock, superblock_end, depth, abreast);
   Stretch all[2];
   Ending endings[2];
   Unpacker unpacker(args);
@@ -129,7 +138,7 @@ void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t superblock
         between.rows = round_up((epilogue.left() + stretch.tiles - 1) / stretch.tiles, 2);
         int32_t* products = ended + ended_turn * kPieces * words;
         ended_turn ^= 1;
-        const int64_t at = (half * (sums / 2)) + row * kHalf;
+        const int64_t at = (stretch.place * 2 + half) * block_sums + row * kHalf;
         int32_t* to = products;
         for (int64_t i = 0; i < stretch.count; ++i) {
           const Piece& piece = stretch.pieces[i];

@@ -28,39 +28,62 @@ struct Piece {
 // consecutive.
 struct Stretch {
   int64_t superblock = 0, count = 0, tiles = 0;
+  int64_t place = 0;  // of the superblock among those worked on together
   Piece pieces[kPieces];
 };
 
-// Walks the stretches of superblocks [begin, end).
+// Walks the stretches of superblocks [begin, end): of `abreast` superblocks all the first `depth`, whose activations
+// stay in a cache meanwhile, then the next `depth`.
 class Stretches {
  public:
-  Stretches(const PlanView& plan, int64_t begin, int64_t end) : plan_(plan), superblock_(begin), end_(end) {}
+  Stretches(const PlanView& plan, int64_t begin, int64_t end, int64_t depth, int64_t abreast)
+      : plan_(plan), first_(begin), superblock_(begin), end_(end), depth_(depth), abreast_(abreast) {}
 
   bool next(Stretch& stretch) {
-    if (run_ == plan_.n_runs) {
-      run_ = 0;
-      ++superblock_;
-    }
+    if (taken_ == depth_ || at_.run == plan_.n_runs) turn();
     stretch.superblock = superblock_;
+    stretch.place = superblock_ - first_;
     stretch.count = stretch.tiles = 0;
     if (superblock_ == end_) return false;
-    while (run_ < plan_.n_runs && stretch.count < kPieces) {
-      const RunPlace& run = plan_.runs[run_];
-      const int64_t left = (run.padded - k_ + kTileDepth - 1) / kTileDepth, room = kStretchTiles - stretch.tiles;
+    while (at_.run < plan_.n_runs && stretch.count < kPieces) {
+      const RunPlace& run = plan_.runs[at_.run];
+      const int64_t left = (run.padded - at_.k + kTileDepth - 1) / kTileDepth, room = kStretchTiles - stretch.tiles;
       if (room == 0 || (left > room && left <= kStretchTiles)) break;
-      const int64_t tiles = min(left, room), columns = min(tiles * kTileDepth, run.padded - k_);
-      stretch.pieces[stretch.count++] = {run_, k_, columns, tiles, stretch.tiles, k_ == 0, tiles == left};
+      const int64_t tiles = min(left, room), columns = min(tiles * kTileDepth, run.padded - at_.k);
+      stretch.pieces[stretch.count++] = {at_.run, at_.k, columns, tiles, stretch.tiles, at_.k == 0, tiles == left};
       stretch.tiles += tiles;
-      k_ = tiles == left ? 0 : k_ + columns;
+      at_.k = tiles == left ? 0 : at_.k + columns;
       if (tiles < left) break;
-      ++run_;
+      ++at_.run;
     }
+    ++taken_;
     return true;
   }
 
  private:
+  struct Place {
+    int64_t run, k;
+  };
+
+  // To where the next superblock, the next `depth` or the next `abreast` begin.
+  void turn() {
+    taken_ = 0;
+    const int64_t last = min(first_ + abreast_, end_);
+    if (++superblock_ == last && at_.run < plan_.n_runs) {
+      superblock_ = first_;
+      from_ = at_;
+      return;
+    }
+    if (superblock_ == last) {
+      first_ = last;
+      from_ = {0, 0};
+    }
+    at_ = from_;
+  }
+
   const PlanView& plan_;
-  int64_t superblock_, end_, run_ = 0, k_ = 0;
+  int64_t first_, superblock_, end_, depth_, abreast_, taken_ = 0;
+  Place at_{0, 0}, from_{0, 0};
 };
 
 // The tiles of a stretch: where they are packed, and half a superblock of them unpacked.

@@ -123,6 +123,9 @@ void linear_abreast(const LinearArgs& args, int64_t superblock, int64_t begin, i
   }
 }
 
+// Fewer rows at a time would unpack the weights too often.
+constexpr int64_t kLeastPanelRows = 128;
+
 // Superblocks side by side for so many rows.
 int64_t abreast(int64_t rows) {
   switch (rows) {

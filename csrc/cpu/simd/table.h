@@ -10,8 +10,8 @@ namespace resq {
 namespace {
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,       quantize_units,  linear_superblocks, abreast,     hadamard_rows, float_rows_input,
-          float_rows, kv_write_tokens, attention_float,    merge_shares};
+  return {name,       quantize_units,  linear_superblocks, abreast,         kLeastPanelRows,  hadamard_rows,
+          float_rows_input, float_rows, kv_write_tokens, attention_float, merge_shares};
 }
 
 }  // namespace
