@@ -44,11 +44,20 @@ RESQ_INLINE void butterflies_across(VF (&v)[V]) {
 
 // All stages of a stretch of V vectors, in registers.
 template <int V>
+RESQ_INLINE void butterflies_of_block(VF (&v)[V]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) v[i] = butterflies_below<1>(v[i], W);
+  butterflies_across(v);
+}
+
+constexpr int64_t kRegisterBlock = 8 * W;  // the widest of them
+
+template <int V>
 RESQ_INLINE void butterflies_in_registers(float* x) {
   VF v[V];
 #pragma GCC unroll 8
-  for (int i = 0; i < V; ++i) v[i] = butterflies_below<1>(load(x + i * W), W);
-  butterflies_across(v);
+  for (int i = 0; i < V; ++i) v[i] = load(x + i * W);
+  butterflies_of_block(v);
 #pragma GCC unroll 8
   for (int i = 0; i < V; ++i) store(x + i * W, v[i]);
 }

@@ -43,6 +43,11 @@ struct Range {
 #endif
   }
 
+  RESQ_INLINE void widen(const VF (&v)[8]) {
+    low = min(low, min(min(min(v[0], v[1]), min(v[2], v[3])), min(min(v[4], v[5]), min(v[6], v[7]))));
+    high = max(high, max(max(max(v[0], v[1]), max(v[2], v[3])), max(max(v[4], v[5]), max(v[6], v[7]))));
+  }
+
  private:
   RESQ_INLINE void take(VF v) {
     low = min(low, v);
@@ -102,6 +107,29 @@ RESQ_INLINE int32_t quantize_segment(float* x, int64_t n, const Divisor& root, c
   return quantize_span(x, n, scale.d, zero, levels, offset, codes);
 }
 
+// Whether every Hadamard block fits the registers and lies within one segment, so that transform_segment can do it.
+RESQ_INLINE bool in_registers(const HadamardArgs& hadamard, int64_t n, const SegmentPlace* first,
+                              const SegmentPlace* last) {
+  if (!kFastQuotients || hadamard.k != 1 || n != kRegisterBlock) return false;
+  for (const SegmentPlace* s = first; s <= last; ++s)
+    if (s->column % n || s->columns % n) return false;
+  return true;
+}
+
+// n values that read(i) gives a vector of, transformed to x, and their extrema: one pass over memory instead of three.
+template <typename Read>
+RESQ_INLINE void transform_segment(const Read& read, int64_t n, float* x, Range& range) {
+  for (int64_t i = 0; i < n; i += kRegisterBlock) {
+    VF v[8];
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) v[c] = read(i + c * W);
+    butterflies_of_block(v);
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) store(x + i + c * W, v[c]);
+    range.widen(v);
+  }
+}
+
 // A group's range while it is sought, its divisor after.
 struct Group {
   Range range;
@@ -115,17 +143,17 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
   const SegmentPlace* last = plan.segments + plan.block_segments[block_end] - 1;
   const int64_t column = first->column, columns = last->column + last->columns - column;
   float* x = static_cast<float*>(thread_scratch(Slot::activation_row, input_floats(args, columns) * 4));
-  load_input(args, row, column, columns, x);
+  const int64_t n = args.hadamard.groups ? plan.columns / args.hadamard.groups : 0;
+  const bool fused = in_registers(args.hadamard, n, first, last);
+  const bool direct = fused && args.before.kind == Before::nothing && args.dtype == DType::bf16;
+  if (!direct) load_input(args, row, column, columns, x);
   // The transform's division by the root is left to the quantization where that can do it faster.
   float root = 1.0f;
-  if (args.hadamard.groups) {
-    const int64_t n = plan.columns / args.hadamard.groups;
-    if (kFastQuotients && args.hadamard.k == 1) {
-      root = hadamard_root(n);
-      walsh_hadamard(x, columns, n);
-    } else {
-      hadamard_blocks(x, columns / n, n, args.hadamard.k, args.hadamard.dense);
-    }
+  if (n && kFastQuotients && args.hadamard.k == 1) {
+    root = hadamard_root(n);
+    if (!fused) walsh_hadamard(x, columns, n);
+  } else if (n) {
+    hadamard_blocks(x, columns / n, n, args.hadamard.k, args.hadamard.dense);
   }
 
   const int64_t bytes = plan.n_groups * static_cast<int64_t>(sizeof(Group));
@@ -135,7 +163,18 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
   const int32_t* groups = plan.group_list + plan.block_groups[block_begin];
   const int64_t n_groups = plan.block_groups[block_end] - plan.block_groups[block_begin];
   for (int64_t i = 0; i < n_groups; ++i) found[groups[i]].range = {VF{}, VF{}};
-  for (const SegmentPlace* s = first; s <= last; ++s) found[s->group].range.widen(x + (s->column - column), s->columns);
+  for (const SegmentPlace* s = first; s <= last; ++s) {
+    Range& range = found[s->group].range;
+    float* y = x + (s->column - column);
+    if (direct) {
+      const uint16_t* from = static_cast<const uint16_t*>(args.x) + row * args.row_stride + s->column;
+      transform_segment([&](int64_t i) { return load_bfloat(from + i); }, s->columns, y, range);
+    } else if (fused) {
+      transform_segment([&](int64_t i) { return load(y + i); }, s->columns, y, range);
+    } else {
+      range.widen(y, s->columns);
+    }
+  }
   for (int64_t i = 0; i < n_groups; ++i) {
     const int32_t g = groups[i];
     // Division is monotonic: the quotients' extrema are the extrema's quotients.
