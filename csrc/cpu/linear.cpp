@@ -22,7 +22,8 @@ constexpr int64_t kSiluColumns = 4;  // how many of them a column with SiLU·mul
 constexpr int64_t kThreadBytes = 64 << 10;
 // An output of this size goes around the caches, half of which it would fill.
 constexpr int64_t kStreamBytes = 1 << 20;
-constexpr int64_t kTasksPerThread = 8;
+// Wider ones where a task reads its codes anew, more than stay in a cache: × 1.03 at 256 rows of 8192 columns.
+constexpr int64_t kTasksPerThread = 8, kWideTasksPerThread = 4;
 constexpr int64_t kRowTile = 6;       // rows of a micro-kernel
 constexpr int64_t kPanelTile = 32;    // rows of a pair of tiles
 constexpr int64_t kRowPadding = 15;   // rows that tiles read past the last one, whatever they hold
@@ -76,7 +77,8 @@ void move_rows(QuantizeArgs& q, LinearArgs& l, int64_t first) {
 void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t panel_rows) {
   const Kernels& k = kernels();
   const int64_t threads = usable_threads();
-  const int64_t tasks = threads == 1 ? 1 : kTasksPerThread * threads;
+  const bool wide = std::min(rows, panel_rows) * q.plan.columns > kPanelBytes;
+  const int64_t tasks = threads == 1 ? 1 : (wide ? kWideTasksPerThread : kTasksPerThread) * threads;
   const int64_t units = rows * q.plan.blocks;
   share_out(units, share_of(units, tasks), [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
 
