@@ -148,7 +148,7 @@ def test_long_runs(low: int, high: int, rows: int) -> None:
 
 @pytest.mark.parametrize("outputs", [64, 400])
 def test_wide_layers_a_part_of_the_columns_at_a_time(outputs: int) -> None:
-    """More codes than fit the L2 cache: sums of several superblocks wait, as integers of a run or as the layer's floats."""
+    """More codes than fit the L2 cache: sums of several superblocks wait, as a run's integers or the layer's floats."""
     down = LinearSite(low=7168, high=1024, scales="block", scale_groups=8, hadamard_groups=64)
     for site in (down, LinearSite(low=6000, high=852)):
         plan, low_bits = _plan(site)
