@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,24 @@ CONTENDERS: dict[str, EngineContender] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all engines of a run share. `folder`: models and logs; `packages`: folders of packages installed apart."""
+    """What all engines of a run share.
+
+    `folder`: models and logs; `packages`: folders of packages installed apart; `cache_bytes`: of the KV cache, where the
+    cells are not to decide it.
+    """
 
     shape: Shape
     cells: tuple[Cell, ...]
     folder: Path
     packages: dict[str, Path]
     eager: bool = False
+    cache_bytes: int | None = None
 
     @property
     def kv_cache_bytes(self) -> int:
         """As much as a bf16 cache needs for the cell with the most tokens: the same memory for every contender."""
+        if self.cache_bytes is not None:
+            return self.cache_bytes
         shape = self.shape
         per_token = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
         pages = -(-most_at_once(self.cells) // _PAGE_TOKENS) + max(cell.streams for cell in self.cells) + 8
@@ -217,5 +224,6 @@ def empty_engine_gib(setting: Setting) -> float:
         EngineError: when it does not run.
 
     """
-    small = Setting(SHAPES["1b"].empty, (WARM_UP,), setting.folder, setting.packages, setting.eager)
+    # With a KV cache as large as theirs: vLLM fills it with zeros, so it is resident before the first request.
+    small = replace(setting, shape=SHAPES["1b"].empty, cells=(WARM_UP,), cache_bytes=setting.kv_cache_bytes)
     return float(run_engine(EMPTY, EngineContender(EMPTY), small, 0)["loaded_gib"])
