@@ -73,8 +73,8 @@ CONTENDERS: dict[str, EngineContender] = {
 class Setting:
     """What all engines of a run share.
 
-    `folder`: models and logs; `packages`: folders of packages installed apart; `cache_bytes`: of the KV cache, where the
-    cells are not to decide it.
+    `folder`: models and logs; `packages`: folders of packages installed apart; `cache_bytes`: of the KV cache, where
+    the cells are not to decide it.
     """
 
     shape: Shape
