@@ -116,6 +116,7 @@ class ResQ(Contender):
         self._layout = KVLayout(size, high_count(size, HIGH_FRACTION))
         normal = torch.randn(size, size, generator=torch.Generator().manual_seed(1))
         self._rotation = torch.linalg.qr(normal).Q.contiguous()
+        self._of_layer = (self._rotation, batch.scale, self._layout.high, self._layout.low_bits)
 
     @property
     def bytes_per_token(self) -> int:
@@ -130,18 +131,23 @@ class ResQ(Contender):
         ops.kv_write(key, value, cache, slots, self._rotation, self._layout.high, self._layout.low_bits)
 
     def attend(self, cache: torch.Tensor, block_table: torch.Tensor, out: torch.Tensor) -> None:
-        batch, layout = self.batch, self._layout
-        ops.attention(
+        batch = self.batch
+        ops.attention(batch.query, cache, out, block_table, batch.seq_lens, batch.query_start_loc, *self._of_layer)
+
+    def step(self, cache: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+        # The backend calls one op, vLLM's own two.
+        batch = self.batch
+        ops.kv_write_attention(
             batch.query,
+            batch.key,
+            batch.value,
             cache,
             out,
+            slots,
             block_table,
             batch.seq_lens,
             batch.query_start_loc,
-            self._rotation,
-            batch.scale,
-            layout.high,
-            layout.low_bits,
+            *self._of_layer,
         )
 
 

@@ -11,6 +11,9 @@ struct AttentionBatch {
   int64_t sequences, kv_heads;
   const int32_t* seq_lens;         // [sequences]
   const int32_t* query_start_loc;  // [sequences + 1]
+  // Where every sequence has one new token and its page is not yet written: the tasks write it, each for its heads, and
+  // no thread waits for the others or for lines in another core's cache. Otherwise null.
+  const KVWriteArgs* writes;
 };
 
 void run_attention(const AttentionArgs& args, const AttentionBatch& batch);

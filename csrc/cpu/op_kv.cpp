@@ -109,10 +109,8 @@ void write_tokens(KVWriteArgs& args, int64_t tokens) {
   });
 }
 
-}  // namespace
-
-void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
-              const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
+KVWriteArgs check_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
+                        const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
   check_heads(key, "key");
   check_heads(value, "value");
   KVWriteArgs args{};
@@ -141,12 +139,18 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, co
   for (int64_t t = 0; t < tokens; ++t)
     check(args.slots[t] < slots, "slot_mapping names slot " + std::to_string(args.slots[t]) +
                                      ", but the cache has only " + std::to_string(slots));
-  write_tokens(args, tokens);
+  return args;
 }
 
-void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, const Tensor& block_table,
-               const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
-               double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
+struct AttentionCall {
+  AttentionArgs args;
+  AttentionBatch batch;
+};
+
+AttentionCall check_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out,
+                              const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+                              const std::optional<Tensor>& rotation, double scale, int64_t high, int64_t low_bits,
+                              int64_t sliding_window) {
   check_heads(query, "query");
   check_heads(out, "out");
   check_shape(out, {query.size(0), query.size(1), query.size(2)}, "out");
@@ -206,16 +210,54 @@ void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, c
             name + ": block_table names block " + std::to_string(block) + " of " + std::to_string(kv_cache.size(0)));
     }
   }
-  run_attention(args, batch);
+  return {args, batch};
+}
+
+// Whether the sequences have one new token each, to be written where their own attention reads it. Not where a page
+// becomes full: vLLM may have shared it already, as a cached prefix, with another sequence of the batch.
+bool write_their_own(const AttentionCall& call, const KVWriteArgs& writes, int64_t tokens) {
+  const AttentionBatch& batch = call.batch;
+  const int64_t page = writes.page.tokens;
+  if (tokens != batch.sequences || batch.query_start_loc[0] != 0) return false;
+  for (int64_t s = 0; s < tokens; ++s) {
+    const int64_t position = batch.seq_lens[s] - 1, offset = position % page;
+    if (batch.query_start_loc[s + 1] != s + 1 || offset == page - 1) return false;
+    const int64_t block = call.args.block_table[s * call.args.block_table_stride + position / page];
+    if (writes.slots[s] != block * page + offset) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
+              const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
+  KVWriteArgs args = check_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits);
+  write_tokens(args, slot_mapping.size(0));
+}
+
+void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, const Tensor& block_table,
+               const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+               double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
+  const AttentionCall call = check_attention(query, kv_cache, out, block_table, seq_lens, query_start_loc, rotation,
+                                             scale, high, low_bits, sliding_window);
+  run_attention(call.args, call.batch);
 }
 
 void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                         const Tensor& out, const Tensor& slot_mapping, const Tensor& block_table,
                         const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
                         double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
-  kv_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits);
-  attention(query, kv_cache, out, block_table, seq_lens, query_start_loc, rotation, scale, high, low_bits,
-            sliding_window);
+  KVWriteArgs writes = check_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits);
+  AttentionCall call = check_attention(query, kv_cache, out, block_table, seq_lens, query_start_loc, rotation, scale,
+                                       high, low_bits, sliding_window);
+  const int64_t tokens = slot_mapping.size(0);
+  if (write_their_own(call, writes, tokens)) {
+    call.batch.writes = &writes;
+  } else {
+    write_tokens(writes, tokens);
+  }
+  run_attention(call.args, call.batch);
 }
 
 std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits) {

@@ -251,6 +251,34 @@ def test_writing_and_attending_is_both_ops() -> None:
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize(
+    ("table", "lens"),
+    [
+        ([[0, 1, 9], [2, 9, 9], [3, 4, 5]], [45, 7, 71]),  # every sequence into a page of its own
+        ([[0, 1, 9], [0, 1, 2]], [64, 65]),  # the second sees the token that fills the first one's page
+        ([list(range(24))], [764]),  # one context, cut among the threads
+    ],
+    ids=["own", "shared", "cut"],
+)
+def test_a_decode_step_writes_and_attends_as_both_ops(table: list[list[int]], lens: list[int]) -> None:
+    count = len(lens)
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=generator(30)))[0].contiguous()
+    key, value, query = (torch.randn(count, heads, 64, generator=generator(31)).bfloat16() for heads in (2, 2, 8))
+    blocks = torch.tensor(table, dtype=torch.int32)
+    last = torch.tensor(lens) - 1
+    slots = blocks[torch.arange(count), last // 32].long() * 32 + last % 32
+    batch = (blocks, torch.tensor(lens).int(), torch.arange(count + 1).int(), rotation, 0.125, 8, 4, -1)
+    for isa in ISAS:
+        one, two = (random_cache(KVLayout(64, 8), 24, 2, 32, 32) for _ in range(2))
+        expected, out = (torch.zeros(count, 8, 64, dtype=torch.bfloat16) for _ in range(2))
+        with running(isa):
+            ops.kv_write(key, value, one, slots, rotation, 8, 4)
+            ops.attention(query, one, expected, *batch)
+            ops.kv_write_attention(query, key, value, two, out, slots, *batch)
+        assert torch.equal(one, two)
+        assert torch.equal(out, expected)
+
+
 def test_chunks_agree_with_one_prefill() -> None:
     layout, size, tokens = KVLayout(64, 8), 16, 90
     cache = random_cache(layout, 6, 2, size, 8)

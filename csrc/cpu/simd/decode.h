@@ -13,10 +13,11 @@
 namespace resq {
 namespace {
 
-// Integer operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
-struct PassIntegers {
+// Operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
+struct PassOperands {
   const int8_t* query;  // [2 rows, query_bytes]
-  int32_t* score[2];    // [2 rows, kScoreStride], by part
+  const QueryRow* row;  // [rows]
+  float* score;         // [rows, kScoreStride], without the rows' units
   int8_t* weight[2];    // [2 rows, kRowStride], by part
 };
 
@@ -25,8 +26,8 @@ struct DecodeBuffers {
   QueryRow* row;
   float* scratch;  // of quantize_queries
   float *sum, *denominator, *zero, *row_max;  // [kv heads, rows] of width, 16, 2 x 16 and 1
-  int32_t* score[2][2];                       // by slot and part
-  int8_t* weight[2][2];
+  float* score[2];                            // by slot
+  int8_t* weight[2][2];                       // by slot and part
   int32_t* output;  // [2 rows, width]
   ChunkScales* scales;
   void* products;
@@ -37,12 +38,12 @@ struct Item {
   bool valid = false;
   int64_t kv = 0, pass = 0, key = 0;
   Chunk chunk{};
-  PassIntegers integers{};
+  PassOperands operands{};
   float value_unit[2] = {};
 };
 
 template <int kParts>
-RowSums softmax_tiles(int64_t tiles, const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin,
+RowSums softmax_tiles(int64_t tiles, const ChunkScales& s, const QueryRow& row, const RowOperands& at, int64_t begin,
                       int64_t end, Prefetch& prefetch) {
   switch (tiles) {
     case 1: return softmax_chunk<1, kParts>(s, row, at, begin, end, prefetch);
@@ -100,11 +101,9 @@ class Items {
     Item item = next_;
     if (!item.valid) return item;
     const int64_t slot = count_++ % 2;
-    item.integers.query = b_.query + (item.kv * shape_.passes + item.pass) * 2 * shape_.rows * shape_.query_bytes;
-    for (int part = 0; part < 2; ++part) {
-      item.integers.score[part] = b_.score[slot][part];
-      item.integers.weight[part] = b_.weight[slot][part];
-    }
+    const int64_t row = (item.kv * shape_.passes + item.pass) * shape_.rows;
+    item.operands = {b_.query + 2 * row * shape_.query_bytes, b_.row + row, b_.score[slot],
+                     {b_.weight[slot][0], b_.weight[slot][1]}};
     if (++next_.pass < shape_.passes) return item;
     next_.pass = 0;
     next_.key += next_.chunk.tokens;
@@ -147,9 +146,9 @@ class DecodeJobs {
   void advance(int64_t part, int64_t whole) {
     for (; done_ * whole < jobs_ * part; ++done_) {
       if (done_ < output_jobs_) {
-        products_.output_job(outputs_.chunk, outputs_.integers, done_, output_);
+        products_.output_job(outputs_.chunk, outputs_.operands, done_, output_);
       } else {
-        products_.score_job(scores_.chunk, scores_.integers, done_ - output_jobs_);
+        products_.score_job(scores_.chunk, scores_.operands, done_ - output_jobs_);
       }
     }
   }
@@ -169,15 +168,13 @@ void softmax_item(const AttentionArgs& args, const AttentionTask& task, const De
                       *b.scales);
   for (int part = 0; part < 2; ++part) item.value_unit[part] = b.scales->value_unit[part];
   const int64_t first = item.pass * shape.rows, count = min(shape.rows, task_rows(args, task) - first);
-  const QueryRow* row = b.row + (item.kv * shape.passes + item.pass) * shape.rows;
+  const QueryRow* row = item.operands.row;
   for (int64_t r = 0; r < count; ++r) {
-    RowIntegers at;
-    for (int part = 0; part < 2; ++part) {
-      for (int half = 0; half < 2; ++half) {
-        at.score[part][half] = item.integers.score[part] + (half * shape.rows + r) * kScoreStride;
-        at.weight[part][half] = item.integers.weight[part] + (half * shape.rows + r) * kRowStride;
-      }
-    }
+    RowOperands at;
+    at.score = item.operands.score + r * kScoreStride;
+    for (int part = 0; part < 2; ++part)
+      for (int half = 0; half < 2; ++half)
+        at.weight[part][half] = item.operands.weight[part] + (half * shape.rows + r) * kRowStride;
     const int64_t position = task.position + (first + r) / args.group;
     const int64_t begin = (args.window < 0 ? 0 : position - args.window + 1) - item.key;
     const int64_t end = min(position + 1, task.key_end) - item.key, tiles = item.chunk.tokens / 16;
@@ -234,9 +231,9 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
     take(b.denominator, all * 16);
     take(b.zero, all * 32);
     take(b.row_max, all);
-    for (int i = 0; i < 4; ++i) {
-      take(b.score[i / 2][i % 2], 2 * shape.rows * kScoreStride);
-      take(b.weight[i / 2][i % 2], 2 * shape.rows * kRowStride);
+    for (int slot = 0; slot < 2; ++slot) {
+      take(b.score[slot], shape.rows * kScoreStride);
+      for (int8_t*& weight : b.weight[slot]) take(weight, 2 * shape.rows * kRowStride);
     }
     take(b.output, 2 * shape.rows * shape.width);
     take(b.scales, 1);

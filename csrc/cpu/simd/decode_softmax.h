@@ -1,9 +1,10 @@
-// Integer scores of one query row and a chunk of keys -> probabilities times V's scales, in 14 bits.
+// Scores of one query row and a chunk of keys -> probabilities times V's scales, in 14 bits.
 //
-// With q = unit · (128·qh + ql) the score is unit · Σ over the parts of scale[t] · (128·Ih + Il − zero[t] · Σq). The
-// weight of a value is p[t] · scale[t], held as a multiple of (largest scale of the chunk)/16383: p is relative to the
-// chunk's own maximum, so every chunk uses all 14 bits whatever a sink elsewhere weighs. Error of the output: 3e-5 of
-// the weights, where P in bf16 leaves 2e-3.
+// With q = unit · (128·qh + ql) the score is unit · Σ over the parts of scale[t] · (128·Ih + Il − zero[t] · Σq), of which
+// KeyScales makes all but the unit where the integers come about: kept for two chunks they took 37 KiB of the L1 cache,
+// and GQA 8 12 % more time. The weight of a value is p[t] · scale[t], held as a multiple of (largest scale of the
+// chunk)/16383: p is relative to the chunk's own maximum, so every chunk uses all 14 bits whatever a sink elsewhere
+// weighs. Error of the output: 3e-5 of the weights, where P in bf16 leaves 2e-3.
 #pragma once
 
 #include "convert.h"
@@ -22,16 +23,38 @@ constexpr int32_t kQueryLevels = 127 * 128 + 63;    // qh in [-127, 127], ql in 
 constexpr int32_t kWeightLevels = 127 * 128 + 127;  // both bytes in [0, 127]
 constexpr float kLowest = -3e38f;                   // score of a key that is not seen, in units of q's codes
 
+// Of V.
 struct ChunkScales {
-  alignas(64) float key[2][kChunk], key_zero[2][kChunk];      // scale; scale · zero point
-  alignas(64) float value[2][kChunk];                         // scale / value_unit
-  alignas(64) uint8_t value_zero[2][kChunk];                  // 0 beyond the chunk's tokens
+  alignas(64) float value[2][kChunk];         // scale / value_unit
+  alignas(64) uint8_t value_zero[2][kChunk];  // 0 beyond the chunk's tokens
   float value_unit[2];
 };
 
 RESQ_INLINE __m512 load_zeros(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+
+// Of a part of 16 keys. Those that were never written give any score: no row sees them.
+struct KeyScales {
+  __m512 scale, zero;  // zero: scale · zero point
+
+  KeyScales(const PageLayout& p, const uint8_t* page, int64_t part, int64_t token)
+      : scale((__m512)load_half(reinterpret_cast<const uint16_t*>(page + p.scales) + part * p.tokens + token)),
+        zero(_mm512_mul_ps(scale, load_zeros(page + p.zeros + part * p.tokens + token))) {}
+
+  // Scores of the first part, from the products with q's high and low bytes, and with those of a further part.
+  RESQ_INLINE __m512 first(__m512i high, __m512i low, float query_sum) const {
+    return _mm512_fnmadd_ps(zero, _mm512_set1_ps(query_sum), _mm512_mul_ps(product(high, low), scale));
+  }
+  RESQ_INLINE __m512 add(__m512 before, __m512i high, __m512i low, float query_sum) const {
+    return _mm512_fnmadd_ps(zero, _mm512_set1_ps(query_sum), _mm512_fmadd_ps(product(high, low), scale, before));
+  }
+
+ private:
+  RESQ_INLINE static __m512 product(__m512i high, __m512i low) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
+  }
+};
 
 // Tokens [valid, tokens) get scale 0: what lies there may never have been written.
 void load_chunk_scales(const PageLayout& p, const uint8_t* page, int64_t token, int64_t tokens, int64_t valid,
@@ -41,17 +64,12 @@ void load_chunk_scales(const PageLayout& p, const uint8_t* page, int64_t token, 
     return static_cast<__mmask16>(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1 << n) - 1);
   };
   for (int64_t part = 0; part < p.parts; ++part) {
-    const uint16_t* key = reinterpret_cast<const uint16_t*>(page + p.scales) + part * p.tokens + token;
-    const uint16_t* value = key + p.parts * p.tokens;
-    const uint8_t* key_zero = page + p.zeros + part * p.tokens + token;
-    const uint8_t* value_zero = key_zero + p.parts * p.tokens;
+    const int64_t at = (p.parts + part) * p.tokens + token;
+    const uint16_t* value = reinterpret_cast<const uint16_t*>(page + p.scales) + at;
+    const uint8_t* value_zero = page + p.zeros + at;
     __m512 highest = _mm512_setzero_ps();
     for (int64_t t = 0; t < tokens; t += 16) {
-      const __mmask16 mask = mask_of(t);
-      const __m512 k = _mm512_maskz_mov_ps(mask, (__m512)load_half(key + t));
-      const __m512 v = _mm512_maskz_mov_ps(mask, (__m512)load_half(value + t));
-      _mm512_store_ps(out.key[part] + t, k);
-      _mm512_store_ps(out.key_zero[part] + t, _mm512_mul_ps(k, load_zeros(key_zero + t)));
+      const __m512 v = _mm512_maskz_mov_ps(mask_of(t), (__m512)load_half(value + t));
       _mm512_store_ps(out.value[part] + t, v);
       _mm_store_si128(reinterpret_cast<__m128i*>(out.value_zero[part] + t),
                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(value_zero + t)));
@@ -115,9 +133,9 @@ RESQ_INLINE void split_weights(const __m512i w[4], __m512i& high, __m512i& low) 
   low = _mm512_permutexvar_epi32(order, lows);
 }
 
-// Where one row's integers lie: [0] low part, [1] high part; then high and low byte of q (or of the weights).
-struct RowIntegers {
-  const int32_t* score[2][2];
+// Where one row's operands lie. weight: [0] low part, [1] high part; then its high and low byte.
+struct RowOperands {
+  const float* score;  // without the row's unit
   int8_t* weight[2][2];
 };
 
@@ -132,22 +150,14 @@ constexpr int64_t kSoftmaxSteps = 10;  // of the prefetch, for a row of a whole 
 
 // A chunk of 16·N tokens, of which [begin, end) are seen.
 template <int N, int kParts>
-RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowIntegers& at, int64_t begin, int64_t end,
+RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowOperands& at, int64_t begin, int64_t end,
                       Prefetch& prefetch) {
   __m512 score[N];
   Prefetch::Steps ahead(prefetch);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      if (part == 0) ahead.step();
-      const __m512i high = _mm512_loadu_si512(at.score[part][0] + 16 * i);
-      const __m512i low = _mm512_loadu_si512(at.score[part][1] + 16 * i);
-      const __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
-      const __m512 scale = _mm512_load_ps(s.key[part] + 16 * i);
-      score[i] = part ? _mm512_fmadd_ps(product, scale, score[i]) : _mm512_mul_ps(product, scale);
-      score[i] = _mm512_fnmadd_ps(_mm512_load_ps(s.key_zero[part] + 16 * i), _mm512_set1_ps(row.sum[part]), score[i]);
-    }
+    ahead.step();
+    score[i] = _mm512_loadu_ps(at.score + 16 * i);
   }
   if (begin > 0 || end < 16 * N) {
     const __m512i first = key_bound(begin, kChunk), last = key_bound(end, kChunk);

@@ -17,10 +17,11 @@ class TileProducts {
   TileProducts(const PageLayout& page, const DecodeShape& shape, void* scratch, Prefetch& prefetch)
       : page_(page), shape_(shape), prefetch_(prefetch), scope_(shapes(page, shape)), steps_(shape.low_bytes / 64),
         key_(static_cast<uint8_t*>(scratch)), value_low_(key_ + kRing * steps_ * kTile),
-        value_high_(value_low_ + 2 * kValueBlock) {}
+        value_high_(value_low_ + 2 * kValueBlock),
+        product_(reinterpret_cast<int32_t*>(value_high_ + kSteps * shape.high_lanes * kTile)) {}
 
   static int64_t scratch_bytes(const DecodeShape& s) {
-    return kRing * (s.low_bytes / 64) * kTile + 2 * kValueBlock + kSteps * s.high_lanes * kTile;
+    return kRing * (s.low_bytes / 64) * kTile + 2 * kValueBlock + kSteps * s.high_lanes * kTile + 4 * kTile;
   }
 
   // Of the prefetch, on a whole chunk: one for every vector of codes.
@@ -38,11 +39,68 @@ class TileProducts {
     tile_fence();
   }
 
-  // One job a tile of 16 keys. Jobs of one kind are done in order; the first loads what they share.
-  int64_t score_jobs(const Chunk& chunk) const { return chunk.tokens / kTokenTile; }
-  void score_job(const Chunk& chunk, const PassIntegers& n, int64_t t) const {
-    const int64_t high_tile = page_.high_padded * 16;
-    const int64_t tiles = chunk.tokens / kTokenTile, q_stride = shape_.query_bytes;
+  // One job a tile of 16 keys and one for what the last leaves to do. Jobs of one kind are done in order; the first loads
+  // what they share.
+  int64_t score_jobs(const Chunk& chunk) const { return chunk.tokens / kTokenTile + 1; }
+  void score_job(const Chunk& chunk, const PassOperands& n, int64_t t) const {
+    const int64_t tiles = chunk.tokens / kTokenTile;
+    if (t < tiles) multiply_keys(chunk, n, t);
+    if (t > 0) add_scores(chunk, n, t - 1);  // while the products are made
+    if (t == tiles) return;
+    // After the loads above: they would wait for stores as far as 4096 bytes away.
+    if (t + kAhead < tiles) spread_keys(chunk, t + kAhead);
+    tile_fence();
+    // Behind the vector work that needs nothing of the products.
+    int32_t* product = product_ + t % 2 * kTilePair;
+    tile_store<kC>(product, 64);
+    if (page_.high) tile_store<kC2>(product + kTilePair / 2, 64);
+  }
+
+  // One job a vector of lanes; the last one does the high part.
+  int64_t output_jobs() const { return shape_.low_lanes + (page_.high ? 1 : 0); }
+  void output_job(const Chunk& chunk, const PassOperands& n, int64_t v, int32_t* out) const {
+    const int64_t lanes = shape_.low_lanes;
+    const bool two = chunk.tokens > 64;
+    if (v == lanes) {
+      high_outputs(chunk, n, two, out + 32 * lanes);
+      return;
+    }
+    if (v == 0) load_weights(n.weight[0], two);
+    const uint8_t* values = value_low_ + v % 2 * kValueBlock;
+    multiply(values, 64, kTile, two, out + 16 * v);
+    multiply(values + kSteps * kTile, 64, kTile, two, out + 16 * (lanes + v));
+    if (v + 1 < lanes) spread_values(chunk, v + 1);
+    tile_fence();
+  }
+
+ private:
+  static constexpr int64_t kTile = 1024, kSteps = kChunk / 64;
+  static constexpr int64_t kRing = 2, kAhead = 1;                  // tiles of K; four and two took 3 % longer
+  static constexpr int64_t kValueBlock = 2 * kSteps * kTile;       // one vector of lanes: low nibbles, high nibbles
+  static constexpr int64_t kTilePair = 2 * kTile / 4;              // products of a tile of keys: low part, high part
+  // Tile registers. Those up to kAHigh have a row per row of q, kBHigh one per word of K's high part.
+  static constexpr int kC = 0, kC2 = 1, kA = 2, kA2 = 3, kAHigh = 4, kB = 5, kB2 = 6, kBHigh = 7;
+
+  static TileShapes shapes(const PageLayout& page, const DecodeShape& shape) {
+    TileShapes s;
+    for (int t = kC; t <= kAHigh; ++t) s.rows[t] = static_cast<uint8_t>(2 * shape.rows);
+    if (page.high) {  // the bytes of an A row and the words of B must agree
+      s.rows[kBHigh] = static_cast<uint8_t>(page.high_padded / 4);
+      s.row_bytes[kAHigh] = static_cast<uint16_t>(page.high_padded);
+    }
+    return s;
+  }
+
+  RESQ_INLINE static void spread(const uint8_t* from, uint8_t* low, uint8_t* high, Prefetch::Steps& ahead) {
+    ahead.step();
+    const __m512i mask = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(from);
+    _mm512_store_si512(low, _mm512_and_si512(codes, mask));
+    _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
+  }
+
+  // Into kC and, of the high part, kC2.
+  void multiply_keys(const Chunk& chunk, const PassOperands& n, int64_t t) const {
+    const int64_t q_stride = shape_.query_bytes;
     const int8_t* q = n.query;
     if (t == 0) {
       tile_load<kA>(q, q_stride);
@@ -64,58 +122,33 @@ class TileProducts {
       if (s == steps_ - 1) tile_load<kA2>(q + 64, q_stride);
     }
     if (page_.high) {
-      const uint8_t* high = chunk.page + page_.key_high + chunk.token / kTokenTile * high_tile;
+      const int64_t high_tile = page_.high_padded * 16;
       tile_zero<kC2>();
-      tile_load<kBHigh>(high + t * high_tile, 64);
+      tile_load<kBHigh>(chunk.page + page_.key_high + (chunk.token / kTokenTile + t) * high_tile, 64);
       tile_bytes<kC2, kAHigh, kBHigh>();
     }
-    // After the loads above: they would wait for stores as far as 4096 bytes away.
-    if (t + kAhead < tiles) spread_keys(chunk, t + kAhead);
-    tile_fence();
-    // Behind the vector work that needs nothing of the products.
-    tile_store<kC>(n.score[0] + 16 * t, kScoreStride * 4);
-    if (page_.high) tile_store<kC2>(n.score[1] + 16 * t, kScoreStride * 4);
   }
 
-  // One job a vector of lanes; the last one does the high part.
-  int64_t output_jobs() const { return shape_.low_lanes + (page_.high ? 1 : 0); }
-  void output_job(const Chunk& chunk, const PassIntegers& n, int64_t v, int32_t* out) const {
-    const int64_t lanes = shape_.low_lanes;
-    const bool two = chunk.tokens > 64;
-    if (v == lanes) {
-      high_outputs(chunk, n, two, out + 32 * lanes);
+  // Scores of 16 keys from their products.
+  void add_scores(const Chunk& chunk, const PassOperands& n, int64_t t) const {
+    const int64_t rows = shape_.rows, token = chunk.token + 16 * t;
+    const int32_t* product = product_ + t % 2 * kTilePair;
+    const auto of_part = [&](int64_t part, int64_t r) {
+      return _mm512_load_si512(product + part * (kTilePair / 2) + 16 * r);
+    };
+    const KeyScales low(page_, chunk.page, 0, token);
+    float* score = n.score + 16 * t;
+    if (!page_.high) {
+      for (int64_t r = 0; r < rows; ++r)
+        _mm512_storeu_ps(score + r * kScoreStride, low.first(of_part(0, r), of_part(0, rows + r), n.row[r].sum[0]));
       return;
     }
-    if (v == 0) load_weights(n.weight[0], two);
-    const uint8_t* values = value_low_ + v % 2 * kValueBlock;
-    multiply(values, 64, kTile, two, out + 16 * v);
-    multiply(values + kSteps * kTile, 64, kTile, two, out + 16 * (lanes + v));
-    if (v + 1 < lanes) spread_values(chunk, v + 1);
-    tile_fence();
-  }
-
- private:
-  static constexpr int64_t kTile = 1024, kSteps = kChunk / 64;
-  static constexpr int64_t kRing = 2, kAhead = 1;                  // tiles of K; four and two took 3 % longer
-  static constexpr int64_t kValueBlock = 2 * kSteps * kTile;       // one vector of lanes: low nibbles, high nibbles
-  // Tile registers. Those up to kAHigh have a row per row of q, kBHigh one per word of K's high part.
-  static constexpr int kC = 0, kC2 = 1, kA = 2, kA2 = 3, kAHigh = 4, kB = 5, kB2 = 6, kBHigh = 7;
-
-  static TileShapes shapes(const PageLayout& page, const DecodeShape& shape) {
-    TileShapes s;
-    for (int t = kC; t <= kAHigh; ++t) s.rows[t] = static_cast<uint8_t>(2 * shape.rows);
-    if (page.high) {  // the bytes of an A row and the words of B must agree
-      s.rows[kBHigh] = static_cast<uint8_t>(page.high_padded / 4);
-      s.row_bytes[kAHigh] = static_cast<uint16_t>(page.high_padded);
+    const KeyScales high(page_, chunk.page, 1, token);
+    for (int64_t r = 0; r < rows; ++r) {
+      const __m512 first = low.first(of_part(0, r), of_part(0, rows + r), n.row[r].sum[0]);
+      _mm512_storeu_ps(score + r * kScoreStride,
+                       high.add(first, of_part(1, r), of_part(1, rows + r), n.row[r].sum[1]));
     }
-    return s;
-  }
-
-  RESQ_INLINE static void spread(const uint8_t* from, uint8_t* low, uint8_t* high, Prefetch::Steps& ahead) {
-    ahead.step();
-    const __m512i mask = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(from);
-    _mm512_store_si512(low, _mm512_and_si512(codes, mask));
-    _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
   }
 
   // Rows past the part's words keep old bytes: they meet zeros of q.
@@ -145,7 +178,7 @@ class TileProducts {
     if (two) tile_load<kA2>(weight + 64, kRowStride);
   }
 
-  void high_outputs(const Chunk& chunk, const PassIntegers& n, bool two, int32_t* out) const {
+  void high_outputs(const Chunk& chunk, const PassOperands& n, bool two, int32_t* out) const {
     const int64_t high_quad = page_.high_padded * 4;
     const uint8_t* high = chunk.page + page_.value_high + chunk.token / 4 * high_quad;
     if (chunk.tokens % 64) {  // an incomplete tile read in place could reach past the cache
@@ -175,6 +208,7 @@ class TileProducts {
   const TileScope scope_;
   const int64_t steps_;
   uint8_t *key_, *value_low_, *value_high_;
+  int32_t* product_;  // of two tiles of keys
 };
 
 }  // namespace

@@ -7,10 +7,25 @@
 namespace resq {
 namespace {
 
-// out[r · kScoreStride + token] = Σ over a part's dims of K's codes · q, for R rows of bytes and NT tiles of 16 tokens.
+// A part of K, and where the scores go.
+struct KeyPart {
+  const PageLayout& page;
+  const Chunk& chunk;
+  const int8_t* q;  // [2 rows, q_stride]
+  int64_t q_stride;
+  const QueryRow* row;  // [rows]
+  float* score;         // [rows, kScoreStride]
+};
+
+// Scores of R/2 rows (R rows of bytes of q) and NT tiles of 16 tokens from `first` on: those of the low part (nibbles)
+// are stored, the high part's added.
 template <int R, int NT, bool kNibbles>
-void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const int8_t* q, int64_t q_stride,
-                  int32_t* out, Prefetch& prefetch) {
+void key_products(const KeyPart& part, int64_t first, Prefetch& prefetch) {
+  const PageLayout& p = part.page;
+  const int64_t words = kNibbles ? p.low_padded / 8 : p.high_padded / 4, tile_bytes = 64 * words;
+  const int64_t token = part.chunk.token + 16 * first, q_stride = part.q_stride;
+  const uint8_t* tile = part.chunk.page + (kNibbles ? p.key_low : p.key_high) + token / kTokenTile * tile_bytes;
+  const int8_t* q = part.q;
   __m512i acc[R][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -37,22 +52,27 @@ void key_products(const uint8_t* tile, int64_t tile_bytes, int64_t words, const 
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int t = 0; t < NT; ++t) _mm512_storeu_si512(out + r * kScoreStride + 16 * t, acc[r][t]);
+  for (int t = 0; t < NT; ++t) {
+    const KeyScales scales(p, part.chunk.page, kNibbles ? 0 : 1, token + 16 * t);
+#pragma GCC unroll 8
+    for (int r = 0; r < R / 2; ++r) {
+      float* score = part.score + r * kScoreStride + 16 * (first + t);
+      const float sum = part.row[r].sum[kNibbles ? 0 : 1];
+      _mm512_storeu_ps(score, kNibbles ? scales.first(acc[r][t], acc[R / 2 + r][t], sum)
+                                       : scales.add(_mm512_loadu_ps(score), acc[r][t], acc[R / 2 + r][t], sum));
+    }
+  }
 }
 
 // As many tiles at a time as the registers hold.
 template <int R, bool kNibbles>
-void key_part(const uint8_t* tile, int64_t tile_bytes, int64_t tiles, int64_t words, const int8_t* q, int64_t q_stride,
-              int32_t* out, Prefetch& prefetch) {
+void key_part(const KeyPart& part, Prefetch& prefetch) {
   constexpr int together = R <= 4 ? 4 : R <= 8 ? 2 : 1;
+  const int64_t tiles = part.chunk.tokens / kTokenTile;
   int64_t t = 0;
-  for (; t + together <= tiles; t += together)
-    key_products<R, together, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
-  for (; t < tiles; ++t)
-    key_products<R, 1, kNibbles>(tile + t * tile_bytes, tile_bytes, words, q, q_stride, out + 16 * t, prefetch);
+  for (; t + together <= tiles; t += together) key_products<R, together, kNibbles>(part, t, prefetch);
+  for (; t < tiles; ++t) key_products<R, 1, kNibbles>(part, t, prefetch);
 }
 
 // out[r · width + lane] = Σ over the chunk's tokens of V's codes · weight for NV vectors of lanes; the high nibbles'
@@ -113,7 +133,7 @@ class VpdpbusdProducts {
   void prepare_scores(const Chunk&) const {}
   void prepare_outputs(const Chunk&) const {}
   int64_t score_jobs(const Chunk&) const { return 1; }
-  void score_job(const Chunk& chunk, const PassIntegers& n, int64_t) const {
+  void score_job(const Chunk& chunk, const PassOperands& n, int64_t) const {
     switch (shape_.rows) {
       case 1: return rows_scores<2>(chunk, n);
       case 2: return rows_scores<4>(chunk, n);
@@ -127,7 +147,7 @@ class VpdpbusdProducts {
   }
 
   int64_t output_jobs() const { return 1; }
-  void output_job(const Chunk& chunk, const PassIntegers& n, int64_t, int32_t* out) const {
+  void output_job(const Chunk& chunk, const PassOperands& n, int64_t, int32_t* out) const {
     const int64_t bytes = 2 * shape_.rows;
     for (int64_t r = 0; r < bytes; r += 8) {
       switch (min(bytes - r, int64_t{8})) {
@@ -141,18 +161,16 @@ class VpdpbusdProducts {
 
  private:
   template <int R>
-  void rows_scores(const Chunk& chunk, const PassIntegers& n) const {
-    const int64_t tile = chunk.token / kTokenTile, tiles = chunk.tokens / kTokenTile;
-    const int64_t low_tile = page_.low_padded * 8, high_tile = page_.high_padded * 16;
-    key_part<R, true>(chunk.page + page_.key_low + tile * low_tile, low_tile, tiles, page_.low_padded / 8, n.query,
-                      shape_.query_bytes, n.score[0], prefetch_);
-    if (page_.high)
-      key_part<R, false>(chunk.page + page_.key_high + tile * high_tile, high_tile, tiles, page_.high_padded / 4,
-                         n.query + shape_.low_bytes, shape_.query_bytes, n.score[1], prefetch_);
+  void rows_scores(const Chunk& chunk, const PassOperands& n) const {
+    const auto part = [&](const int8_t* q) {
+      return KeyPart{page_, chunk, q, shape_.query_bytes, n.row, n.score};
+    };
+    key_part<R, true>(part(n.query), prefetch_);
+    if (page_.high) key_part<R, false>(part(n.query + shape_.low_bytes), prefetch_);
   }
 
   template <int R>
-  void rows_outputs(const Chunk& chunk, const PassIntegers& n, int64_t first, int32_t* output) const {
+  void rows_outputs(const Chunk& chunk, const PassOperands& n, int64_t first, int32_t* output) const {
     constexpr int together = R <= 4 ? 2 : 1;
     const int64_t quads = chunk.tokens / 4, quad = chunk.token / 4;
     const int64_t low_quad = page_.low_padded * 2, high_quad = page_.high_padded * 4;
