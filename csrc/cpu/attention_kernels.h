@@ -33,10 +33,9 @@ extern const AttentionKernel kPrefillInt16, kPrefillTiles;
 extern const AttentionPreparation kInt16Preparation, kPrefillPreparation;
 #endif
 
-// Query rows of a kv head up to which vpdpbusd on the packed codes is faster than spreading them for tiles. With four
-// rows and pages in memory, on two cores, it takes 0.90 of the time (0.97 with head_dim 128), though 1.03 to 1.14 when
-// the pages are in the L2 cache: what tiles write meanwhile waits behind the prefetch.
-constexpr int64_t kNarrowRows = 4;
+// Query rows of a kv head up to which vpdpbusd on the packed codes is as fast as spreading them for tiles, which take 0.88
+// of its time with three or four rows.
+constexpr int64_t kNarrowRows = 2;
 
 // What runs the tasks of a call; null: Kernels::attention, the float32 kernel, which takes everything.
 struct AttentionPaths {

@@ -3,7 +3,7 @@
 // K's tile is laid out like a weight of the linear layer with tokens as outputs, V's likewise with dims as outputs and
 // tokens as the summed index. Both products take q and the weights P·scale as two signed bytes a value (14 bits and the
 // sign, see decode_softmax.h), so nothing is rounded more coarsely than in float16, and codes are never converted.
-// `Products` does the two products, in jobs: VpdpbusdProducts or TileProducts.
+// `Products` does the two products: VpdpbusdProducts or TileProducts.
 #pragma once
 
 #include "decode_query.h"
@@ -26,11 +26,10 @@ struct DecodeBuffers {
   QueryRow* row;
   float* scratch;  // of quantize_queries
   float *sum, *denominator, *zero, *row_max;  // [kv heads, rows] of width, 16, 2 x 16 and 1
-  float* score[2];                            // by slot
-  int8_t* weight[2][2];                       // by slot and part
-  int32_t* output;  // [2 rows, width]
+  float* score;       // of PassOperands
+  int8_t* weight[2];  // of PassOperands
+  int32_t* output;    // [2 rows, width]
   ChunkScales* scales;
-  void* products;
 };
 
 // One chunk of keys of one kv head for one pass of query rows.
@@ -38,8 +37,6 @@ struct Item {
   bool valid = false;
   int64_t kv = 0, pass = 0, key = 0;
   Chunk chunk{};
-  PassOperands operands{};
-  float value_unit[2] = {};
 };
 
 template <int kParts>
@@ -86,8 +83,8 @@ void add_outputs(const DecodeShape& shape, const float* value_unit, const ChunkF
 // The items of a task in order: kv heads, chunks, passes.
 class Items {
  public:
-  Items(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const DecodeBuffers& b)
-      : args_(args), task_(task), shape_(shape), b_(b),
+  Items(const AttentionArgs& args, const AttentionTask& task, int64_t passes)
+      : args_(args), task_(task), passes_(passes),
         blocks_(args.block_table + task.sequence * args.block_table_stride) {
     next_.valid = task.key_begin < task.key_end;
     next_.key = task.key_begin;
@@ -98,13 +95,9 @@ class Items {
   Chunk next_chunk() const { return next_.valid ? next_.chunk : Chunk{}; }
 
   Item take() {
-    Item item = next_;
+    const Item item = next_;
     if (!item.valid) return item;
-    const int64_t slot = count_++ % 2;
-    const int64_t row = (item.kv * shape_.passes + item.pass) * shape_.rows;
-    item.operands = {b_.query + 2 * row * shape_.query_bytes, b_.row + row, b_.score[slot],
-                     {b_.weight[slot][0], b_.weight[slot][1]}};
-    if (++next_.pass < shape_.passes) return item;
+    if (++next_.pass < passes_) return item;
     next_.pass = 0;
     next_.key += next_.chunk.tokens;
     if (next_.key >= task_.key_end) {
@@ -127,65 +120,33 @@ class Items {
 
   const AttentionArgs& args_;
   const AttentionTask& task_;
-  const DecodeShape& shape_;
-  const DecodeBuffers& b_;
+  const int64_t passes_;
   const int32_t* blocks_;
   Item next_;
-  int64_t count_ = 0;
 };
 
-// Products that wait to be done beside the softmax: outputs of one item, then scores of another.
-template <class Products>
-class DecodeJobs {
- public:
-  DecodeJobs(const Products& products, const Item& outputs, const Item& scores, int32_t* output)
-      : products_(products), outputs_(outputs), scores_(scores), output_(output),
-        output_jobs_(outputs.valid ? products.output_jobs() : 0),
-        jobs_(output_jobs_ + (scores.valid ? products.score_jobs(scores.chunk) : 0)) {}
-  // As many as a share of part/whole of them is.
-  void advance(int64_t part, int64_t whole) {
-    for (; done_ * whole < jobs_ * part; ++done_) {
-      if (done_ < output_jobs_) {
-        products_.output_job(outputs_.chunk, outputs_.operands, done_, output_);
-      } else {
-        products_.score_job(scores_.chunk, scores_.operands, done_ - output_jobs_);
-      }
-    }
-  }
-
- private:
-  const Products& products_;
-  const Item &outputs_, &scores_;
-  int32_t* output_;
-  int64_t output_jobs_, jobs_, done_ = 0;
-};
-
-template <class Products>
-void softmax_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, Item& item,
-                  const DecodeBuffers& b, RowSums* sums, DecodeJobs<Products>& jobs, Prefetch& prefetch) {
+void softmax_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Item& item,
+                  const PassOperands& n, ChunkScales& scales, RowSums* sums, Prefetch& prefetch) {
   if (item.pass == 0)
-    load_chunk_scales(args.page, item.chunk.page, item.chunk.token, item.chunk.tokens, task.key_end - item.key,
-                      *b.scales);
-  for (int part = 0; part < 2; ++part) item.value_unit[part] = b.scales->value_unit[part];
+    load_chunk_scales(args.page, item.chunk.page, item.chunk.token, item.chunk.tokens, task.key_end - item.key, scales);
   const int64_t first = item.pass * shape.rows, count = min(shape.rows, task_rows(args, task) - first);
-  const QueryRow* row = item.operands.row;
   for (int64_t r = 0; r < count; ++r) {
     RowOperands at;
-    at.score = item.operands.score + r * kScoreStride;
+    at.score = n.score + r * kScoreStride;
     for (int part = 0; part < 2; ++part)
       for (int half = 0; half < 2; ++half)
-        at.weight[part][half] = item.operands.weight[part] + (half * shape.rows + r) * kRowStride;
+        at.weight[part][half] = n.weight[part] + (half * shape.rows + r) * kRowStride;
     const int64_t position = task.position + (first + r) / args.group;
     const int64_t begin = (args.window < 0 ? 0 : position - args.window + 1) - item.key;
     const int64_t end = min(position + 1, task.key_end) - item.key, tiles = item.chunk.tokens / 16;
-    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, *b.scales, row[r], at, begin, end, prefetch)
-                                   : softmax_tiles<1>(tiles, *b.scales, row[r], at, begin, end, prefetch);
-    jobs.advance(r + 1, count);
+    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, scales, n.row[r], at, begin, end, prefetch)
+                                   : softmax_tiles<1>(tiles, scales, n.row[r], at, begin, end, prefetch);
   }
 }
 
 void add_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Item& item,
               const RowSums* row_sums, const DecodeBuffers& b) {
+  const float* value_unit = b.scales->value_unit;
   const int64_t rows = task_rows(args, task), first = item.pass * shape.rows, count = min(shape.rows, rows - first);
   for (int64_t r = 0; r < count; ++r) {
     const RowSums& sums = row_sums[r];
@@ -198,16 +159,17 @@ void add_item(const AttentionArgs& args, const AttentionTask& task, const Decode
     };
     add(b.denominator + at * 16, sums.denominator, f.weight);
     for (int64_t part = 0; part < args.page.parts; ++part)
-      add(b.zero + (at * 2 + part) * 16, sums.zero[part], f.weight * item.value_unit[part]);
-    add_outputs(shape, item.value_unit, f, b.output + r * shape.width, b.output + (shape.rows + r) * shape.width,
+      add(b.zero + (at * 2 + part) * 16, sums.zero[part], f.weight * value_unit[part]);
+    add_outputs(shape, value_unit, f, b.output + r * shape.width, b.output + (shape.rows + r) * shape.width,
                 b.sum + at * shape.width);
   }
 }
 
 RESQ_INLINE __m512 add_lanes(const float* x) { return _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(x))); }
 
-// Three items are on their way at any time: beside the softmax of one, the outputs of the one before and the scores of
-// the one after are multiplied.
+// Item by item: running the next item's products beside the softmax needs two of every buffer and was no faster. What an
+// item touches fits the L1 cache (40 KiB of it with head_dim 64 and eight rows): prefetches from memory fill the line
+// buffers, and every load that misses waits for one.
 template <class Products>
 void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   const PageLayout& p = args.page;
@@ -231,16 +193,14 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
     take(b.denominator, all * 16);
     take(b.zero, all * 32);
     take(b.row_max, all);
-    for (int slot = 0; slot < 2; ++slot) {
-      take(b.score[slot], shape.rows * kScoreStride);
-      for (int8_t*& weight : b.weight[slot]) take(weight, 2 * shape.rows * kRowStride);
-    }
+    take(b.score, shape.rows * kScoreStride);
+    for (int8_t*& weight : b.weight) take(weight, 2 * shape.rows * kRowStride);
     take(b.output, 2 * shape.rows * shape.width);
     take(b.scales, 1);
     take(products_scratch, Products::scratch_bytes(shape));
   }
   Prefetch prefetch;
-  Items items(args, task, shape, b);
+  Items items(args, task, shape.passes);
   // Nothing comes before the first chunk to hide it but this.
   prefetch.start(p, items.next_chunk(), 0);
   prefetch.finish();
@@ -251,23 +211,17 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   for (int64_t r = 0; r < all; ++r) b.row_max[r] = kLowest;
 
   const Products products(p, shape, products_scratch, prefetch);
-  Item pipeline[3];
-  RowSums sums[2][kPassRows];
-  pipeline[0] = items.take();
-  if (pipeline[0].valid) products.prepare_scores(pipeline[0].chunk);
-  for (int64_t i = 0;; ++i) {
-    Item &after = pipeline[i % 3], &now = pipeline[(i + 2) % 3], &before = pipeline[(i + 1) % 3];
-    if (!after.valid && !now.valid && !before.valid) break;
+  RowSums sums[kPassRows];
+  for (Item item = items.take(); item.valid; item = items.take()) {
+    const int64_t row = (item.kv * shape.passes + item.pass) * shape.rows;
+    const PassOperands operands{b.query + 2 * row * shape.query_bytes, b.row + row, b.score, {b.weight[0], b.weight[1]}};
     prefetch.finish();
-    // About as many steps as softmax and products will make on what is under way.
+    // About as many steps as softmax and products will make.
     prefetch.start(p, items.next_chunk(), Products::prefetch_steps(p, shape) + kSoftmaxSteps * shape.rows);
-    DecodeJobs<Products> jobs(products, before, after, b.output);
-    if (now.valid) softmax_item(args, task, shape, now, b, sums[i % 2], jobs, prefetch);
-    jobs.advance(1, 1);
-    if (before.valid) add_item(args, task, shape, before, sums[1 - i % 2], b);
-    if (now.valid) products.prepare_outputs(now.chunk);
-    before = items.take();  // the next step's `after`
-    if (before.valid) products.prepare_scores(before.chunk);
+    products.scores(item.chunk, operands);
+    softmax_item(args, task, shape, item, operands, *b.scales, sums, prefetch);
+    products.outputs(item.chunk, operands, b.output);
+    add_item(args, task, shape, item, sums, b);
   }
   for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
     for (int64_t r = 0; r < rows; ++r) {

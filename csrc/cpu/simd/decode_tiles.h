@@ -29,55 +29,53 @@ class TileProducts {
     return p.low_padded / 8 * (kChunk / kTokenTile) + s.low_lanes * (kChunk / 4);
   }
 
-  // Spread what the first jobs on a chunk need.
-  void prepare_scores(const Chunk& chunk) const {
-    for (int64_t i = 0; i < min(chunk.tokens / kTokenTile, kAhead); ++i) spread_keys(chunk, i);
-    tile_fence();
-  }
-  void prepare_outputs(const Chunk& chunk) const {
-    spread_values(chunk, 0);
-    tile_fence();
-  }
-
-  // One job a tile of 16 keys and one for what the last leaves to do. Jobs of one kind are done in order; the first loads
-  // what they share.
-  int64_t score_jobs(const Chunk& chunk) const { return chunk.tokens / kTokenTile + 1; }
-  void score_job(const Chunk& chunk, const PassOperands& n, int64_t t) const {
+  void scores(const Chunk& chunk, const PassOperands& n) const {
     const int64_t tiles = chunk.tokens / kTokenTile;
-    if (t < tiles) multiply_keys(chunk, n, t);
-    if (t > 0) add_scores(chunk, n, t - 1);  // while the products are made
-    if (t == tiles) return;
-    // After the loads above: they would wait for stores as far as 4096 bytes away.
-    if (t + kAhead < tiles) spread_keys(chunk, t + kAhead);
+    for (int64_t t = 0; t < min(tiles, kAhead); ++t) spread_keys(chunk, t);
     tile_fence();
-    // Behind the vector work that needs nothing of the products.
-    int32_t* product = product_ + t % 2 * kTilePair;
-    tile_store<kC>(product, 64);
-    if (page_.high) tile_store<kC2>(product + kTilePair / 2, 64);
+    load_queries(n);
+    for (int64_t t = 0; t < tiles; ++t) {
+      multiply_keys(chunk, n, t);
+      if (t > 0) add_scores(chunk, n, t - 1);  // while the products are made
+      // After the loads above: they would wait for stores as far as 4096 bytes away.
+      if (t + kAhead < tiles) spread_keys(chunk, t + kAhead);
+      tile_fence();
+      int32_t* product = product_ + t % 2 * kTilePair;
+      tile_store<kC>(product, 64);
+      if (page_.high) tile_store<kC2>(product + kTilePair / 2, 64);
+    }
+    add_scores(chunk, n, tiles - 1);
   }
 
-  // One job a vector of lanes; the last one does the high part.
-  int64_t output_jobs() const { return shape_.low_lanes + (page_.high ? 1 : 0); }
-  void output_job(const Chunk& chunk, const PassOperands& n, int64_t v, int32_t* out) const {
-    const int64_t lanes = shape_.low_lanes;
-    const bool two = chunk.tokens > 64;
-    if (v == lanes) {
-      high_outputs(chunk, n, two, out + 32 * lanes);
-      return;
+  // A vector of lanes and 64 tokens at a time, then the high part.
+  void outputs(const Chunk& chunk, const PassOperands& n, int32_t* out) const {
+    const int64_t lanes = shape_.low_lanes, steps = chunk.tokens > 64 ? 2 : 1;
+    spread_values(chunk, 0, 0);
+    load_weights(n.weight[0], steps);
+    for (int64_t v = 0; v < lanes; ++v) {
+      tile_zero<kC>();
+      tile_zero<kC2>();
+      for (int64_t step = 0; step < steps; ++step) {
+        const uint8_t* values = value_low_ + (v * steps + step) % 2 * kValueBlock;
+        tile_load<kB>(values, 64);
+        tile_load<kB2>(values + kTile, 64);
+        step ? tile_bytes<kC, kA2, kB>() : tile_bytes<kC, kA, kB>();
+        step ? tile_bytes<kC2, kA2, kB2>() : tile_bytes<kC2, kA, kB2>();
+        const bool last = step + 1 == steps;
+        if (!last || v + 1 < lanes) spread_values(chunk, v + last, last ? 0 : step + 1);
+        tile_fence();
+      }
+      tile_store<kC>(out + 16 * v, shape_.width * 4);
+      tile_store<kC2>(out + 16 * (lanes + v), shape_.width * 4);
     }
-    if (v == 0) load_weights(n.weight[0], two);
-    const uint8_t* values = value_low_ + v % 2 * kValueBlock;
-    multiply(values, 64, kTile, two, out + 16 * v);
-    multiply(values + kSteps * kTile, 64, kTile, two, out + 16 * (lanes + v));
-    if (v + 1 < lanes) spread_values(chunk, v + 1);
-    tile_fence();
+    if (page_.high) high_outputs(chunk, n, steps, out + 32 * lanes);
   }
 
  private:
   static constexpr int64_t kTile = 1024, kSteps = kChunk / 64;
-  static constexpr int64_t kRing = 2, kAhead = 1;                  // tiles of K; four and two took 3 % longer
-  static constexpr int64_t kValueBlock = 2 * kSteps * kTile;       // one vector of lanes: low nibbles, high nibbles
-  static constexpr int64_t kTilePair = 2 * kTile / 4;              // products of a tile of keys: low part, high part
+  static constexpr int64_t kRing = 2, kAhead = 1;      // tiles of K; four and two were no faster
+  static constexpr int64_t kValueBlock = 2 * kTile;    // 64 tokens of 16 lanes: low nibbles, high nibbles
+  static constexpr int64_t kTilePair = 2 * kTile / 4;  // products of a tile of keys: low part, high part
   // Tile registers. Those up to kAHigh have a row per row of q, kBHigh one per word of K's high part.
   static constexpr int kC = 0, kC2 = 1, kA = 2, kA2 = 3, kAHigh = 4, kB = 5, kB2 = 6, kBHigh = 7;
 
@@ -98,15 +96,17 @@ class TileProducts {
     _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
   }
 
+  void load_queries(const PassOperands& n) const {
+    const int64_t q_stride = shape_.query_bytes;
+    tile_load<kA>(n.query, q_stride);
+    if (steps_ > 1) tile_load<kA2>(n.query + 64, q_stride);
+    if (page_.high) tile_load<kAHigh>(n.query + shape_.low_bytes, q_stride);
+  }
+
   // Into kC and, of the high part, kC2.
   void multiply_keys(const Chunk& chunk, const PassOperands& n, int64_t t) const {
     const int64_t q_stride = shape_.query_bytes;
     const int8_t* q = n.query;
-    if (t == 0) {
-      tile_load<kA>(q, q_stride);
-      if (steps_ > 1) tile_load<kA2>(q + 64, q_stride);
-      if (page_.high) tile_load<kAHigh>(q + shape_.low_bytes, q_stride);
-    }
     const uint8_t* keys = key_ + t % kRing * steps_ * kTile;
     tile_zero<kC>();
     tile_load<kB>(keys, 64);
@@ -161,45 +161,41 @@ class TileProducts {
     for (int64_t g = 0; g < page_.low_padded / 8; ++g) spread(from + g * 64, to + 128 * g, to + 128 * g + 64, ahead);
   }
 
-  // Rows past the chunk's quads keep old bytes: their weights are 0.
-  void spread_values(const Chunk& chunk, int64_t v) const {
-    const int64_t quad = page_.low_padded * 2;
-    const uint8_t* from = chunk.page + page_.value_low + chunk.token / 4 * quad + 64 * v;
-    uint8_t* to = value_low_ + v % 2 * kValueBlock;
+  // 64 tokens of 16 lanes. Rows past the chunk's quads keep old bytes: their weights are 0.
+  void spread_values(const Chunk& chunk, int64_t v, int64_t step) const {
+    const int64_t quad = page_.low_padded * 2, first = 16 * step, steps = chunk.tokens > 64 ? 2 : 1;
+    const uint8_t* from = chunk.page + page_.value_low + (chunk.token / 4 + first) * quad + 64 * v;
+    uint8_t* to = value_low_ + (v * steps + step) % 2 * kValueBlock;
     Prefetch::Steps ahead(prefetch_);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < chunk.tokens / 4; ++i)
-      spread(from + i * quad, to + 64 * i, to + kSteps * kTile + 64 * i, ahead);
+    for (int64_t i = 0; i < min(chunk.tokens / 4 - first, int64_t{16}); ++i)
+      spread(from + i * quad, to + 64 * i, to + kTile + 64 * i, ahead);
   }
 
-  static void load_weights(const int8_t* weight, bool two) {
+  static void load_weights(const int8_t* weight, int64_t steps) {
     tile_fence();
     tile_load<kA>(weight, kRowStride);
-    if (two) tile_load<kA2>(weight + 64, kRowStride);
+    if (steps > 1) tile_load<kA2>(weight + 64, kRowStride);
   }
 
-  void high_outputs(const Chunk& chunk, const PassOperands& n, bool two, int32_t* out) const {
+  void high_outputs(const Chunk& chunk, const PassOperands& n, int64_t steps, int32_t* out) const {
     const int64_t high_quad = page_.high_padded * 4;
     const uint8_t* high = chunk.page + page_.value_high + chunk.token / 4 * high_quad;
     if (chunk.tokens % 64) {  // an incomplete tile read in place could reach past the cache
       __builtin_memcpy(value_high_, high, static_cast<size_t>(chunk.tokens / 4 * high_quad));
       high = value_high_;
     }
-    load_weights(n.weight[1], two);
-    for (int64_t v = 0; v < shape_.high_lanes; ++v)
-      multiply(high + 64 * v, high_quad, 16 * high_quad, two, out + 16 * v);
-  }
-
-  // out [2 rows, 16] = weights [2 rows, 64 or 128 tokens] · V of 16 dims; the second 64 tokens lie `step` further.
-  void multiply(const uint8_t* from, int64_t row_bytes, int64_t step, bool two, int32_t* out) const {
-    tile_zero<kC>();
-    tile_load<kB>(from, row_bytes);
-    tile_bytes<kC, kA, kB>();
-    if (two) {
-      tile_load<kB2>(from + step, row_bytes);
-      tile_bytes<kC, kA2, kB2>();
+    load_weights(n.weight[1], steps);
+    for (int64_t v = 0; v < shape_.high_lanes; ++v) {
+      tile_zero<kC>();
+      tile_load<kB>(high + 64 * v, high_quad);
+      tile_bytes<kC, kA, kB>();
+      if (steps > 1) {
+        tile_load<kB2>(high + 64 * v + 16 * high_quad, high_quad);
+        tile_bytes<kC, kA2, kB2>();
+      }
+      tile_store<kC>(out + 16 * v, shape_.width * 4);
     }
-    tile_store<kC>(out, shape_.width * 4);
   }
 
   const PageLayout& page_;

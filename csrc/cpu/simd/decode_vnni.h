@@ -130,10 +130,7 @@ class VpdpbusdProducts {
     return keys * (kChunk / kTokenTile) + values * (kChunk / 4);
   }
 
-  void prepare_scores(const Chunk&) const {}
-  void prepare_outputs(const Chunk&) const {}
-  int64_t score_jobs(const Chunk&) const { return 1; }
-  void score_job(const Chunk& chunk, const PassOperands& n, int64_t) const {
+  void scores(const Chunk& chunk, const PassOperands& n) const {
     switch (shape_.rows) {
       case 1: return rows_scores<2>(chunk, n);
       case 2: return rows_scores<4>(chunk, n);
@@ -146,8 +143,7 @@ class VpdpbusdProducts {
     }
   }
 
-  int64_t output_jobs() const { return 1; }
-  void output_job(const Chunk& chunk, const PassOperands& n, int64_t, int32_t* out) const {
+  void outputs(const Chunk& chunk, const PassOperands& n, int32_t* out) const {
     const int64_t bytes = 2 * shape_.rows;
     for (int64_t r = 0; r < bytes; r += 8) {
       switch (min(bytes - r, int64_t{8})) {
