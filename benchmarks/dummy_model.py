@@ -38,19 +38,6 @@ class Shape:
         """The same layers under another vocabulary."""
         return replace(self, vocab_size=size)
 
-    @property
-    def empty(self) -> Shape:
-        """Hardly any weights, for what an engine occupies without them."""
-        return replace(
-            self,
-            hidden_size=self.head_dim,
-            intermediate_size=self.head_dim,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            vocab_size=64,
-        )
-
 
 SHAPES = {
     "small": Shape(768, 2048, 12, 12, 4, 64),
@@ -101,7 +88,8 @@ CONFIGS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "w8a8": _with(_W8A8),
     "gptq": _with(_GPTQ),
     "awq": _with(_AWQ),
-    "empty": lambda shape: bf16_config(shape.empty),
+    # What an engine occupies beside the weights (benchmarks.weightless).
+    "weightless": _with({"quant_method": "weightless"}),
 }
 
 

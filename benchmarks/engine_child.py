@@ -6,6 +6,7 @@ A start of vLLM takes longer than most cells, so one engine serves them all. It 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process_memory import resident_gib
+from benchmarks.process_memory import own_gib, resident_gib
 from benchmarks.scenarios import Cell, Measured
 from resq_vllm.memory import release_freed
 
@@ -28,10 +29,12 @@ class Engine:
     """An engine with random weights, as benchmarks.engine_contenders.engine_spec describes it."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        # For resident_gib alone, whose function goes to the worker.
+        # For loaded_gib alone, whose function goes to the worker.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         from vllm import LLM
 
+        for module in spec["imports"]:
+            importlib.import_module(module)
         self._vocabulary = spec["vocabulary"]
         self._random = random.Random(spec["seed"])
         self._llm = LLM(
@@ -65,10 +68,10 @@ class Engine:
             between.append((metrics.last_token_ts - metrics.first_token_ts) / max(1, scenario.output - 1))
         return first, between
 
-    def resident_gib(self) -> float:
-        """GiB that this process and vLLM's occupy, freed memory given back."""
+    def loaded_gib(self) -> float:
+        """GiB that this process and vLLM's have written, freed memory given back."""
         self._llm.collective_rpc(_release_freed)
-        return resident_gib(os.getpid())
+        return own_gib(os.getpid())
 
     def run(self, cell: Cell) -> Measured:
         """One pass over a cell."""
@@ -88,7 +91,7 @@ def main(spec_file: Path, answer_file: Path) -> None:
     spec = json.loads(spec_file.read_text())
     engine = Engine(spec)
     engine.run(Cell.from_dict(spec["warm_up"]))
-    loaded = engine.resident_gib()
+    loaded = engine.loaded_gib()
     cells = [Cell.from_dict(data) for data in spec["cells"]]
     figures = {cell.key: engine.run(cell).to_dict(cell) for cell in cells}
     answer_file.write_text(json.dumps({"cells": figures, "loaded_gib": loaded, "rss_gib": resident_gib(os.getpid())}))

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dummy_model import SHAPES, Shape, write_models
+from benchmarks.dummy_model import Shape, write_models
 from benchmarks.environment import vllm_environment
 from benchmarks.gguf_model import write_gguf
 from benchmarks.machine import usable_cores
@@ -21,7 +21,7 @@ from benchmarks.server import parse_kv_tokens
 from resq_vllm.errors import ResQError
 
 BASELINE = "bf16"
-EMPTY = "empty"
+WEIGHTLESS = "weightless"
 LOG_TAIL_LINES = 15
 # vLLM's start and warm-up, and some slow minute of a shared machine.
 PATIENCE_SECONDS = 3600
@@ -73,8 +73,7 @@ CONTENDERS: dict[str, EngineContender] = {
 class Setting:
     """What all engines of a run share.
 
-    `folder`: models and logs; `packages`: folders of packages installed apart; `cache_bytes`: of the KV cache, where
-    the cells are not to decide it.
+    `folder`: models and logs; `packages`: folders of packages installed apart.
     """
 
     shape: Shape
@@ -82,13 +81,10 @@ class Setting:
     folder: Path
     packages: dict[str, Path]
     eager: bool = False
-    cache_bytes: int | None = None
 
     @property
     def kv_cache_bytes(self) -> int:
         """As much as a bf16 cache needs for the cell with the most tokens: the same memory for every contender."""
-        if self.cache_bytes is not None:
-            return self.cache_bytes
         shape = self.shape
         per_token = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
         pages = -(-most_at_once(self.cells) // _PAGE_TOKENS) + max(cell.streams for cell in self.cells) + 8
@@ -106,7 +102,8 @@ def engine_spec(contender: EngineContender, setting: Setting, model: Path, seed:
         "kv_cache_bytes": setting.kv_cache_bytes,
         "options": {"enforce_eager": setting.eager} | contender.options,
         "warm_up": WARM_UP.to_dict(),
-        "cells": [cell.to_dict() for cell in setting.cells],
+        "cells": [] if contender.model == WEIGHTLESS else [cell.to_dict() for cell in setting.cells],
+        "imports": ["benchmarks.weightless"] if contender.model == WEIGHTLESS else [],
     }
 
 
@@ -172,7 +169,7 @@ def _environment(contender: EngineContender, setting: Setting) -> dict[str, str]
 
 def run_engine(name: str, contender: EngineContender, setting: Setting, seed: int) -> dict[str, Any]:
     """One process: all cells of one contender. Returns {"cells": {key: figures}, "loaded_gib", "rss_gib", "kv_tokens"}:
-    resident memory after the warm-up (hardly any page of the KV cache has been touched) and at the end.
+    memory that was written until after the warm-up, freed memory given back, and all resident memory at the end.
 
     Raises:
         EngineError: when the contender cannot run here.
@@ -217,13 +214,14 @@ def _llama_kv_tokens(setting: Setting) -> int:
     return setting.kv_cache_bytes // (4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim)
 
 
-def empty_engine_gib(setting: Setting) -> float:
-    """Resident memory of an engine whose model has hardly any weights: what is not weights in the others.
+def weightless_engine_gib(setting: Setting) -> float:
+    """Memory of an engine around the same model without weights: what is not weights in the others.
+
+    Sizes, layers, requests and KV cache are theirs: vLLM fills the cache with zeros, compiles the layers and runs a
+    full batch at its start, and what that leaves in the process is counted in every engine.
 
     Raises:
         EngineError: when it does not run.
 
     """
-    # With a KV cache as large as theirs: vLLM fills it with zeros, so it is resident before the first request.
-    small = replace(setting, shape=SHAPES["1b"].empty, cells=(WARM_UP,), cache_bytes=setting.kv_cache_bytes)
-    return float(run_engine(EMPTY, EngineContender(EMPTY), small, 0)["loaded_gib"])
+    return float(run_engine(WEIGHTLESS, EngineContender(WEIGHTLESS), setting, 0)["loaded_gib"])

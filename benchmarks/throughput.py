@@ -26,9 +26,9 @@ from benchmarks.engine_contenders import (
     CONTENDERS,
     EngineError,
     Setting,
-    empty_engine_gib,
     require_package,
     run_engine,
+    weightless_engine_gib,
 )
 from benchmarks.machine import machine
 from benchmarks.pairs import Comparison, turns
@@ -104,11 +104,12 @@ def measure(
 
 
 def rows(
-    measured: Mapping[str, Sequence[Mapping[str, Any]]], setting: Setting, empty_gib: float | None
+    measured: Mapping[str, Sequence[Mapping[str, Any]]], setting: Setting, weightless_gib: float | None
 ) -> list[dict[str, Any]]:
     """A row for every cell and contender. tokens/s count prompt and generated tokens, as `vllm bench throughput` does.
 
-    weights_gib: resident memory after the start, less that of an engine whose model has hardly any weights.
+    weights_gib: memory after the start, less that of an engine around the same model without weights. So it is weights,
+    copies that were made of them, and what a contender's kernels keep for themselves.
     """
     lines = []
     for cell in setting.cells:
@@ -133,7 +134,7 @@ def rows(
                     "ratio_to_bf16": rounded(comparison.ratio(name)),
                     **figures,
                     "rss_gib": rounded(rss, 3),
-                    "weights_gib": None if llama or empty_gib is None else rounded(loaded - empty_gib, 3),
+                    "weights_gib": None if llama or weightless_gib is None else rounded(loaded - weightless_gib, 3),
                     "kv_tokens": runs[0]["kv_tokens"],
                     "rounds": rates[name],
                 }
@@ -201,10 +202,10 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         setting = Setting(SHAPES[shape].with_vocabulary(vocab), chosen, folder, packages, eager)
         try:
-            empty_gib = empty_engine_gib(setting)
-            console.print(f"an engine without weights occupies {empty_gib:.2f} GiB", highlight=False)
+            weightless_gib = weightless_engine_gib(setting)
+            console.print(f"an engine without weights occupies {weightless_gib:.2f} GiB", highlight=False)
             measured, unavailable = measure(names, setting, rounds, console)
-            lines = rows(measured, setting, empty_gib)
+            lines = rows(measured, setting, weightless_gib)
             commands = (
                 vllm_bench.compare(setting, [name for name in measured if name in vllm_bench.MODELS], rounds)
                 if bench
@@ -225,7 +226,7 @@ def main(
             lines,
             **facts,
             kv_cache_bytes=setting.kv_cache_bytes,
-            empty_engine_gib=empty_gib,
+            weightless_engine_gib=weightless_gib,
             unavailable=unavailable,
             vllm_bench_throughput=commands,
         )

@@ -14,20 +14,16 @@ BeforeLayer norm(const Tensor& weight, double epsilon, const Tensor* residual, T
   return {Before::rms_norm, &weight, epsilon, residual, residual_out};
 }
 
-// Rows of an MLP that are worked on together. All 2048 of a batch of prompts would have gate_up write 64 MB, which malloc
-// takes from the system and gives back every time: its page faults were a seventh of the time.
-constexpr int64_t kMostRows = 768, kRowStep = 32;
+// Rows of an MLP that are worked on together: at most kMostRows, and so few that gate_up's output stays below the 32 MiB
+// from which malloc takes a block from the system and gives it back every time (resq_vllm/memory.py has it keep smaller
+// ones). For all 2048 rows of a batch of prompts that is 64 MB in a 1B model, whose page faults were a seventh of the time.
+// A buffer of our own, kept between calls, would be 22 MiB that attention and the other layers cannot use.
+constexpr int64_t kMostRows = 768, kRowStep = 32, kMostBytes = (int64_t{32} << 20) - (64 << 10);
 
-// [rows, columns] in x's dtype; the calling thread keeps the memory, at most kMostRows, for its next call.
-Tensor kept_rows(const Tensor& x, int64_t rows, int64_t columns) {
-  thread_local Tensor* kept = nullptr;  // never destroyed: torch may be gone when the thread ends
-  if (!kept || kept->scalar_type() != x.scalar_type() || kept->size(0) < rows || kept->size(1) != columns) {
-    delete kept;
-    kept = nullptr;
-    kept = new Tensor(torch::stable::new_empty(x, {rows, columns}));
-  }
-  Tensor all = *kept;
-  return torch::stable::narrow(all, 0, 0, rows);
+int64_t rows_at_once(int64_t rows, int64_t row_bytes) {
+  const int64_t most = std::clamp(kMostBytes / row_bytes / kRowStep * kRowStep, kRowStep, kMostRows);
+  const int64_t parts = (rows + most - 1) / most;
+  return parts == 1 ? rows : (rows + parts * kRowStep - 1) / (parts * kRowStep) * kRowStep;
 }
 
 // gate_up with the norm before it and down with SiLU before it, some rows at a time.
@@ -38,16 +34,16 @@ Tensor run_mlp(const Tensor& x, const Tensor& residual, Tensor& sum, const Tenso
     return run_layer(run_layer(x, up, norm(weight, epsilon, &residual, &sum)), down, {Before::silu_mul});
   if (residual.dim() != 2 || residual.size(0) != rows)
     check(false, "residual must have x's shape " + shape_of(x) + ", not " + shape_of(residual));
-  const int64_t parts = (rows + kMostRows - 1) / kMostRows;
-  const int64_t step = parts == 1 ? rows : (rows + parts * kRowStep - 1) / (parts * kRowStep) * kRowStep;
+  const int64_t step = rows_at_once(rows, up.n * static_cast<int64_t>(x.element_size()));
   Tensor from = x, streams = residual, out = torch::stable::new_empty(x, {rows, down.n});
+  Tensor inner = torch::stable::new_empty(x, {step, up.n});
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t count = std::min(step, rows - first);
     const auto part = [&](Tensor& t) { return torch::stable::narrow(t, 0, first, count); };
-    const Tensor inner = kept_rows(x, count, up.n), stream = part(streams), to = part(out);
+    const Tensor stream = part(streams), to = part(out), gate_up = torch::stable::narrow(inner, 0, 0, count);
     Tensor total = part(sum);
-    run_layer(part(from), up, norm(weight, epsilon, &stream, &total), &inner);
-    run_layer(inner, down, {Before::silu_mul}, &to);
+    run_layer(part(from), up, norm(weight, epsilon, &stream, &total), &gate_up);
+    run_layer(gate_up, down, {Before::silu_mul}, &to);
   }
   return out;
 }

@@ -15,8 +15,7 @@ from resq_vllm.formats.metadata import QuantizationMetadata
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_models_differ_in_nothing_but_the_quantization(tmp_path: Path, shape: str) -> None:
-    names = [name for name in CONFIGS if name != "empty"]
-    models = write_models(tmp_path, SHAPES[shape].with_vocabulary(32000), names)
+    models = write_models(tmp_path, SHAPES[shape].with_vocabulary(32000), CONFIGS)
     configs = {name: json.loads((path / "config.json").read_text()) for name, path in models.items()}
     metadata = QuantizationMetadata.from_dict(configs["resq"]["quantization_config"])
     plain = configs["bf16"]
@@ -38,8 +37,3 @@ def test_8_bit_lm_head_is_all_that_differs() -> None:
     plain, head = (CONFIGS[name](SHAPES["small"])["quantization_config"] for name in ("resq", "resq-lm8"))
     assert QuantizationMetadata.from_dict(head).lm_head_bits == 8
     assert {key for key in head if head[key] != plain[key]} == {"lm_head_bits", "format_version"}
-
-
-def test_empty_model_has_hardly_any_weights() -> None:
-    config = CONFIGS["empty"](SHAPES["1b"])
-    assert config["hidden_size"] * (config["intermediate_size"] + 2 * config["vocab_size"]) < 2**20

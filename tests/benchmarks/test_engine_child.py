@@ -49,6 +49,7 @@ SPEC = {
     "max_model_len": 64,
     "max_num_seqs": 4,
     "kv_cache_bytes": 2**20,
+    "imports": ["json"],
     "options": {"kv_cache_dtype": "fp8"},
     "warm_up": Cell(Scenario("warm-up", 8, 2), 1).to_dict(),
     "cells": [Cell(Scenario("decode", 5, 3), 4).to_dict(), Cell(Scenario("mixed", 7, 2, repeats=2), 1).to_dict()],

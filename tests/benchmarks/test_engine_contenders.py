@@ -21,6 +21,7 @@ from benchmarks.engine_contenders import (
     prepare,
     require_package,
     run_engine,
+    weightless_engine_gib,
 )
 from benchmarks.scenarios import Cell, Scenario
 from resq_vllm.errors import ResQError
@@ -55,6 +56,18 @@ def test_engine_is_told_the_longest_request_and_all_streams(setting: Setting) ->
     assert spec["max_num_seqs"] == 16
     assert spec["options"] == {"enforce_eager": False, "kv_cache_dtype": "fp8"}
     assert [Cell.from_dict(cell) for cell in spec["cells"]] == list(CELLS)
+
+
+def test_engine_without_weights_is_told_the_same_but_runs_no_cell(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child("import sys; open(sys.argv[2], 'w').write('{\"loaded_gib\": 1.25}')", monkeypatch)
+    assert weightless_engine_gib(setting) == 1.25
+    told = json.loads((setting.folder / "weightless.spec.json").read_text())
+    theirs = engine_spec(CONTENDERS["bf16"], setting, prepare(CONTENDERS["bf16"], setting), seed=0)
+    assert told.pop("cells") == []
+    assert told.pop("imports") == ["benchmarks.weightless"]
+    assert {key: value for key, value in told.items() if key != "model"}.items() <= theirs.items()
 
 
 def test_cache_holds_all_streams_in_bf16(setting: Setting) -> None:

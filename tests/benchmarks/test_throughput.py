@@ -96,7 +96,7 @@ def test_without_the_baseline_there_is_no_benchmark(
 def test_rows_pair_the_rounds(setting: Setting) -> None:
     # The machine slows down by half in the second round.
     measured = {"bf16": [answer(100.0), answer(50.0)], "resq": [answer(300.0, 1.5), answer(150.0, 1.5)]}
-    lines = throughput.rows(measured, setting, empty_gib=0.5)
+    lines = throughput.rows(measured, setting, weightless_gib=0.5)
     assert [set(line) >= FIELDS for line in lines] == [True, True]
     bf16, resq = lines
     assert (resq["scenario"], resq["streams"], resq["lm_head_bits"]) == ("decode", 16, 16)
@@ -107,7 +107,7 @@ def test_rows_pair_the_rounds(setting: Setting) -> None:
     assert throughput.table(lines).row_count == 2
 
 
-def test_llama_has_no_empty_engine_to_be_compared_with(setting: Setting) -> None:
-    lines = throughput.rows({"bf16": [answer(1.0)], "llama.cpp": [answer(2.0)]}, setting, empty_gib=0.5)
+def test_llama_has_no_weightless_engine_to_be_compared_with(setting: Setting) -> None:
+    lines = throughput.rows({"bf16": [answer(1.0)], "llama.cpp": [answer(2.0)]}, setting, weightless_gib=0.5)
     assert lines[1]["weights_gib"] is None
     assert lines[1]["lm_head_bits"] == 6

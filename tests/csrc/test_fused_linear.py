@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from resq_vllm import fused_linear, reference
+from resq_vllm import fused_linear, memory, reference
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import linear_plan
 from tests.csrc.support import ISAS, Weights, assert_identical, generator, running
@@ -100,6 +103,20 @@ def test_decoder_mlp_is_its_three_layers(o: Weights, split: Weights, down: Weigh
             assert_identical(both, following, isa)
 
 
+def test_mlp_so_wide_that_fewer_rows_are_worked_on_together() -> None:
+    """Below 32 MiB there is room for 288 rows of gate_up's output."""
+    hidden, columns, m = 128, 28672, 300
+    up = Weights(linear_plan(LinearSite(low=112, high=16), hidden, 64), 2 * columns, 4, 14)
+    last = Weights(linear_plan(LinearSite(low=columns - 64, high=64), columns, 64), hidden, 4, 15)
+    o = Weights(linear_plan(LinearSite(low=112, high=16), hidden, 64), hidden, 4, 16)
+    x, residual = rows_of(m, hidden, torch.bfloat16, 17), rows_of(m, hidden, torch.bfloat16, 18)
+    weight = torch.rand(hidden, generator=generator(19)).bfloat16()
+    gate_up, total = fused_linear.norm_linear(o.apply_planned(x), residual, weight, EPSILON, layer_of(up))
+    expected = fused_linear.silu_linear(gate_up, layer_of(last)), total
+    together = fused_linear.decoder_mlp(x, residual, layer_of(o), weight, EPSILON, layer_of(up), layer_of(last))
+    assert_identical(together, expected, ISAS[-1])
+
+
 def test_a_row_does_not_depend_on_its_batch(o: Weights, split: Weights, down: Weights) -> None:
     x, residual = rows_of(40, HIDDEN, torch.bfloat16, 12), rows_of(40, HIDDEN, torch.bfloat16, 13)
     weight = torch.ones(HIDDEN, dtype=torch.bfloat16)
@@ -110,6 +127,36 @@ def test_a_row_does_not_depend_on_its_batch(o: Weights, split: Weights, down: We
             for row in (0, 39):
                 alone = fused_linear.decoder_mlp(x[row : row + 1], residual[row : row + 1], *layers)
                 assert_identical(alone, tuple(t[row : row + 1] for t in together), isa)
+
+
+KEPT = """
+import os, torch
+from pathlib import Path
+from resq_vllm import fused_linear, memory
+from resq_vllm.formats.metadata import LinearSite
+from resq_vllm.formats.plan import linear_plan
+from tests.csrc.support import Weights
+def layer(n, k):
+    w = Weights(linear_plan(LinearSite(low=k - 64, high=64), k, 64), n, 4, 1)
+    return w.packed, w.scales, w.sums, None, w.words, w.arguments[-1]
+def resident():
+    memory.release_freed()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+memory.keep_freed_blocks()
+layers = layer(128, 128), torch.ones(128).bfloat16(), 1e-5, layer(16384, 128), layer(128, 8192)
+few, many = torch.ones(64, 128).bfloat16(), torch.ones(768, 128).bfloat16()
+fused_linear.decoder_mlp(few, few, *layers)
+before = resident()
+fused_linear.decoder_mlp(many, many, *layers)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(memory._glibc("mallopt") is None, reason="the C library is not glibc")
+def test_output_of_gate_up_is_not_kept() -> None:
+    """It is 24 MiB for 768 rows; codes of down's input, which threads keep, are a quarter of that."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 14 << 20
 
 
 def test_library_checks(o: Weights, split: Weights, down: Weights) -> None:
