@@ -6,6 +6,7 @@ A start of vLLM takes longer than most cells, so one engine serves them all. It 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -49,6 +50,10 @@ class Engine:
             disable_log_stats=False,
             **spec["options"],
         )
+        # As vLLM's server does. A full collection of this process's 770,000 objects takes 0.4 s alone, 1.4 s beside a
+        # busy worker, and would fall into one contender's cell and not into another's.
+        gc.collect()
+        gc.freeze()
 
     def _prompt(self, tokens: int) -> dict[str, list[int]]:
         return {"prompt_token_ids": self._random.choices(range(4, self._vocabulary), k=tokens)}
