@@ -7,6 +7,7 @@ contender and round runs all scenarios (benchmarks.engine_child); contenders tak
 
 from __future__ import annotations
 
+import signal
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from benchmarks.report import rounded, wide_console, write_report
 from benchmarks.scenarios import SCENARIOS, STREAMS, Cell
 
 VOCABULARY = 32_000
+STOPPED = "stopped before its first round"
 # 65,536 prompt tokens: minutes for every contender and round.
 ONLY_ON_REQUEST = ("long", 16)
 
@@ -78,8 +80,11 @@ def measure(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """What every contender measured, round by round, and why the others did not; one that fails once is out.
 
+    Stopped (KeyboardInterrupt), it returns the whole rounds of the contenders that ran: the last minute should not cost
+    the hours before.
+
     Raises:
-        EngineError: when the baseline fails.
+        EngineError: when the baseline fails, or has not run when it is stopped.
     """
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     unavailable: dict[str, str] = {}
@@ -90,6 +95,8 @@ def measure(
         try:
             require_package(contender, setting.packages.get(contender.package or ""))
             answer = run_engine(name, contender, setting, seed)
+        except KeyboardInterrupt:
+            return until_stopped(measured, unavailable)
         except EngineError as reason:
             if name == BASELINE:
                 raise
@@ -101,6 +108,22 @@ def measure(
         rates = ", ".join(f"{key} {figures['tokens_s']:.1f}" for key, figures in answer["cells"].items())
         console.print(f"{name:>14} tokens/s: {rates}", highlight=False)
     return measured, unavailable
+
+
+def until_stopped(
+    measured: Mapping[str, list[dict[str, Any]]], unavailable: Mapping[str, str]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """The whole rounds of a measurement that was stopped; contenders without any become unavailable.
+
+    Raises:
+        EngineError: when the baseline has none.
+    """
+    ran = {name: answers for name, answers in measured.items() if answers}
+    if BASELINE not in ran:
+        raise EngineError(STOPPED)
+    whole = min(map(len, ran.values()))
+    missing = {name: STOPPED for name in measured if name not in ran}
+    return {name: answers[:whole] for name, answers in ran.items()}, {**unavailable, **missing}
 
 
 def rows(
@@ -193,6 +216,8 @@ def main(
         raise typer.BadParameter(f"--shape {shape} is not known; known are {', '.join(SHAPES)}.")
     if without_amx:
         hide_amx()
+    # `kill` and a timeout's SIGTERM end the engine and write what there is, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     names, chosen = chosen_contenders(contender), cells(scenario, streams, full)
     packages = {name: path.resolve() for name, path in {"zentorch": zentorch, "llama_cpp": llama}.items() if path}
     console = wide_console(130)
@@ -230,6 +255,8 @@ def main(
             unavailable=unavailable,
             vllm_bench_throughput=commands,
         )
+    if STOPPED in unavailable.values():
+        raise typer.Exit(130)
 
 
 if __name__ == "__main__":

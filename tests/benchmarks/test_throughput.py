@@ -82,6 +82,29 @@ def test_contenders_take_turns_and_a_failing_one_is_out(
     assert unavailable == {"awq": "no kernel\ndetails"}
 
 
+def test_stopped_benchmark_keeps_whole_rounds() -> None:
+    answers = {"bf16": [{"n": 1}, {"n": 2}], "resq": [{"n": 1}, {"n": 2}], "w8a8": [{"n": 1}], "awq": []}
+    measured, unavailable = throughput.until_stopped(answers, {"gptq": "why"})
+    assert measured == {name: [{"n": 1}] for name in ("bf16", "resq", "w8a8")}
+    assert unavailable == {"gptq": "why", "awq": throughput.STOPPED}
+    with pytest.raises(EngineError, match="stopped"):
+        throughput.until_stopped({"bf16": [], "resq": []}, {})
+
+
+def test_stop_ends_the_measurement_with_what_there_is(
+    setting: Setting, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, *_: object) -> dict[str, Any]:
+        if name == "w8a8":
+            raise KeyboardInterrupt
+        return answer(10.0)
+
+    monkeypatch.setattr(throughput, "run_engine", run)
+    measured, unavailable = throughput.measure(["bf16", "resq", "w8a8"], setting, 1, silent)
+    assert list(measured) == ["bf16", "resq"]
+    assert unavailable == {"w8a8": throughput.STOPPED}
+
+
 def test_without_the_baseline_there_is_no_benchmark(
     setting: Setting, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
