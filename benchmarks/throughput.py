@@ -77,11 +77,11 @@ def chosen_contenders(names: Sequence[str] | None) -> list[str]:
 
 def measure(
     names: Sequence[str], setting: Setting, rounds: int, console: Console
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """What every contender measured, round by round, and why the others did not; one that fails once is out.
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], bool]:
+    """What every contender measured, round by round, why the others did not, and whether it was stopped.
 
-    Stopped (KeyboardInterrupt), it returns the whole rounds of the contenders that ran: the last minute should not cost
-    the hours before.
+    A contender that fails once is out. Stopped (KeyboardInterrupt), it returns the whole rounds of the contenders that
+    ran: the last minute should not cost the hours before.
 
     Raises:
         EngineError: when the baseline fails, or has not run when it is stopped.
@@ -96,7 +96,7 @@ def measure(
             require_package(contender, setting.packages.get(contender.package or ""))
             answer = run_engine(name, contender, setting, seed)
         except KeyboardInterrupt:
-            return until_stopped(measured, unavailable)
+            return *until_stopped(measured, unavailable), True
         except EngineError as reason:
             if name == BASELINE:
                 raise
@@ -107,7 +107,7 @@ def measure(
         measured[name].append(answer)
         rates = ", ".join(f"{key} {figures['tokens_s']:.1f}" for key, figures in answer["cells"].items())
         console.print(f"{name:>14} tokens/s: {rates}", highlight=False)
-    return measured, unavailable
+    return measured, unavailable, False
 
 
 def until_stopped(
@@ -229,11 +229,11 @@ def main(
         try:
             weightless_gib = weightless_engine_gib(setting)
             console.print(f"an engine without weights occupies {weightless_gib:.2f} GiB", highlight=False)
-            measured, unavailable = measure(names, setting, rounds, console)
+            measured, unavailable, stopped = measure(names, setting, rounds, console)
             lines = rows(measured, setting, weightless_gib)
             commands = (
                 vllm_bench.compare(setting, [name for name in measured if name in vllm_bench.MODELS], rounds)
-                if bench
+                if bench and not stopped
                 else []
             )
         except EngineError as error:
@@ -255,7 +255,7 @@ def main(
             unavailable=unavailable,
             vllm_bench_throughput=commands,
         )
-    if STOPPED in unavailable.values():
+    if stopped:
         raise typer.Exit(130)
 
 

@@ -11,8 +11,8 @@ struct AttentionBatch {
   int64_t sequences, kv_heads;
   const int32_t* seq_lens;         // [sequences]
   const int32_t* query_start_loc;  // [sequences + 1]
-  // Where every sequence has one new token and its page is not yet written: the tasks write it, each for its heads, and
-  // no thread waits for the others or for lines in another core's cache. Otherwise null.
+  // Not null: every sequence has one new token that is not in its page yet. The tasks write it, each for its heads, so no
+  // thread waits for the others or for lines in another core's cache.
   const KVWriteArgs* writes;
 };
 

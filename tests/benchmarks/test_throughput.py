@@ -76,7 +76,8 @@ def test_contenders_take_turns_and_a_failing_one_is_out(
         return answer(10.0)
 
     monkeypatch.setattr(throughput, "run_engine", run)
-    measured, unavailable = throughput.measure(["bf16", "awq", "resq"], setting, 2, silent)
+    measured, unavailable, stopped = throughput.measure(["bf16", "awq", "resq"], setting, 2, silent)
+    assert not stopped
     assert order == ["bf16", "awq", "resq", "resq", "bf16"]
     assert {name: len(runs) for name, runs in measured.items()} == {"bf16": 2, "resq": 2}
     assert unavailable == {"awq": "no kernel\ndetails"}
@@ -100,7 +101,8 @@ def test_stop_ends_the_measurement_with_what_there_is(
         return answer(10.0)
 
     monkeypatch.setattr(throughput, "run_engine", run)
-    measured, unavailable = throughput.measure(["bf16", "resq", "w8a8"], setting, 1, silent)
+    measured, unavailable, stopped = throughput.measure(["bf16", "resq", "w8a8"], setting, 1, silent)
+    assert stopped
     assert list(measured) == ["bf16", "resq"]
     assert unavailable == {"w8a8": throughput.STOPPED}
 
