@@ -17,13 +17,16 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 
 // resq_vllm/formats/kv_layout.py in C++.
 PageLayout page_layout(int64_t head_dim, int64_t high, int64_t low_bits, int64_t tokens) {
-  check(low_bits == 4 || low_bits == 8, "low_bits must be 4 or 8, not " + std::to_string(low_bits));
-  check(head_dim > 0 && head_dim <= kMaxHeadDim,
-        "head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " + std::to_string(head_dim));
-  check(high >= 0 && high < head_dim,
-        std::to_string(high) + " high-precision dims do not fit a head of " + std::to_string(head_dim) + " dims");
-  check(tokens > 0 && tokens % kTokenTile == 0,
-        "the packed KV cache needs a block size that is a multiple of 16, not " + std::to_string(tokens));
+  check(low_bits == 4 || low_bits == 8, [&] { return "low_bits must be 4 or 8, not " + std::to_string(low_bits); });
+  check(head_dim > 0 && head_dim <= kMaxHeadDim, [&] {
+    return "head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " + std::to_string(head_dim);
+  });
+  check(high >= 0 && high < head_dim, [&] {
+    return std::to_string(high) + " high-precision dims do not fit a head of " + std::to_string(head_dim) + " dims";
+  });
+  check(tokens > 0 && tokens % kTokenTile == 0, [&] {
+    return "the packed KV cache needs a block size that is a multiple of 16, not " + std::to_string(tokens);
+  });
   PageLayout p{};
   p.head_dim = head_dim;
   p.high = high;
@@ -47,12 +50,14 @@ PageLayout page_layout(int64_t head_dim, int64_t high, int64_t low_bits, int64_t
 // The layout of the cache's pages; kv_cache uint8 [blocks, heads, N, C] with contiguous pages.
 PageLayout check_cache(const Tensor& kv_cache, int64_t head_dim, int64_t high, int64_t low_bits) {
   check_dtype(kv_cache, ScalarType::Byte, "kv_cache", "uint8");
-  check(kv_cache.dim() == 4, "kv_cache must have shape [blocks, heads, N, C], not " + shape_of(kv_cache));
+  check(kv_cache.dim() == 4,
+        [&] { return "kv_cache must have shape [blocks, heads, N, C], not " + shape_of(kv_cache); });
   const PageLayout p = page_layout(head_dim, high, low_bits, kv_cache.size(2));
-  check(kv_cache.size(3) * p.tokens == p.bytes,
-        "kv_cache has " + std::to_string(kv_cache.size(3)) + " bytes a token and head, but head_dim " +
-            std::to_string(head_dim) + " with " + std::to_string(high) + " high dims and " + std::to_string(low_bits) +
-            "-bit low dims needs " + std::to_string(p.bytes / p.tokens));
+  check(kv_cache.size(3) * p.tokens == p.bytes, [&] {
+    return "kv_cache has " + std::to_string(kv_cache.size(3)) + " bytes a token and head, but head_dim " +
+           std::to_string(head_dim) + " with " + std::to_string(high) + " high dims and " + std::to_string(low_bits) +
+           "-bit low dims needs " + std::to_string(p.bytes / p.tokens);
+  });
   check(kv_cache.stride(3) == 1 && kv_cache.stride(2) == kv_cache.size(3),
         "kv_cache must have contiguous pages (the last two dims of each block and head)");
   return p;
@@ -68,7 +73,7 @@ const float* rotation_data(const std::optional<Tensor>& rotation, int64_t head_d
 
 void check_heads(const Tensor& t, const char* name) {
   check(t.dim() == 3 && (t.size(2) == 1 || t.stride(2) == 1),
-        std::string(name) + " must have shape [tokens, heads, head_dim] with contiguous heads");
+        [&] { return std::string(name) + " must have shape [tokens, heads, head_dim] with contiguous heads"; });
 }
 
 // Tokens that fill a tile of a page together are written tile by tile, the others one by one.
@@ -137,8 +142,10 @@ KVWriteArgs check_write(const Tensor& key, const Tensor& value, const Tensor& kv
   args.heads = key.size(1);
   const int64_t tokens = slot_mapping.size(0), slots = kv_cache.size(0) * args.page.tokens;
   for (int64_t t = 0; t < tokens; ++t)
-    check(args.slots[t] < slots, "slot_mapping names slot " + std::to_string(args.slots[t]) +
-                                     ", but the cache has only " + std::to_string(slots));
+    check(args.slots[t] < slots, [&] {
+      return "slot_mapping names slot " + std::to_string(args.slots[t]) + ", but the cache has only " +
+             std::to_string(slots);
+    });
   return args;
 }
 
@@ -156,9 +163,10 @@ AttentionCall check_attention(const Tensor& query, const Tensor& kv_cache, const
   check_shape(out, {query.size(0), query.size(1), query.size(2)}, "out");
   AttentionArgs args{};
   args.page = check_cache(kv_cache, query.size(2), high, low_bits);
-  check(query.size(1) % kv_cache.size(1) == 0, "query's " + std::to_string(query.size(1)) +
-                                                   " heads are no multiple of the cache's " +
-                                                   std::to_string(kv_cache.size(1)) + " kv heads");
+  check(query.size(1) % kv_cache.size(1) == 0, [&] {
+    return "query's " + std::to_string(query.size(1)) + " heads are no multiple of the cache's " +
+           std::to_string(kv_cache.size(1)) + " kv heads";
+  });
   check_dtype(block_table, ScalarType::Int, "block_table", "int32");
   check_dtype(seq_lens, ScalarType::Int, "seq_lens", "int32");
   check_dtype(query_start_loc, ScalarType::Int, "query_start_loc", "int32");
@@ -193,21 +201,26 @@ AttentionCall check_attention(const Tensor& query, const Tensor& kv_cache, const
   batch.kv_heads = kv_cache.size(1);
   batch.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   batch.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
+  const int64_t tokens = query.size(0), table_blocks = block_table.size(1), cache_blocks = kv_cache.size(0);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t first = batch.query_start_loc[s], end = batch.query_start_loc[s + 1], length = batch.seq_lens[s];
-    const std::string name = "sequence " + std::to_string(s);
+    const auto name = [&] { return "sequence " + std::to_string(s); };
     if (first == end) continue;
-    check(0 <= first && first < end && end <= query.size(0),
-          name + ": query_start_loc is not ascending within query's " + std::to_string(query.size(0)) + " tokens");
-    check(end - first <= length, name + " has more new tokens than its seq_lens " + std::to_string(length));
+    check(0 <= first && first < end && end <= tokens, [&] {
+      return name() + ": query_start_loc is not ascending within query's " + std::to_string(tokens) + " tokens";
+    });
+    check(end - first <= length,
+          [&] { return name() + " has more new tokens than its seq_lens " + std::to_string(length); });
     const int64_t blocks = (length + args.page.tokens - 1) / args.page.tokens;
-    check(blocks <= block_table.size(1), name + ": block_table is too short for its length " + std::to_string(length));
+    check(blocks <= table_blocks,
+          [&] { return name() + ": block_table is too short for its length " + std::to_string(length); });
     // Blocks that fell out of the window may have been freed, and their entries then name nothing.
     const int64_t oldest = sliding_window < 0 ? 0 : std::max<int64_t>(0, length - (end - first) - sliding_window + 1);
     for (int64_t b = oldest / args.page.tokens; b < blocks; ++b) {
       const int64_t block = args.block_table[s * args.block_table_stride + b];
-      check(0 <= block && block < kv_cache.size(0),
-            name + ": block_table names block " + std::to_string(block) + " of " + std::to_string(kv_cache.size(0)));
+      check(0 <= block && block < cache_blocks, [&] {
+        return name() + ": block_table names block " + std::to_string(block) + " of " + std::to_string(cache_blocks);
+      });
     }
   }
   return {args, batch};

@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 
@@ -16,9 +17,13 @@ using torch::stable::Tensor;
 inline void check(bool ok, const std::string& sentence) {
   if (!ok) throw std::runtime_error(sentence);
 }
-// Literals: no string is built where all is well.
+// Literals, and sentences that a function makes: no string is built where all is well.
 inline void check(bool ok, const char* sentence) {
   if (!ok) throw std::runtime_error(sentence);
+}
+template <class F, class = decltype(std::declval<const F&>()())>
+void check(bool ok, const F& sentence) {
+  if (!ok) throw std::runtime_error(sentence());
 }
 
 inline std::string shape_of(const Tensor& t) {

@@ -165,7 +165,8 @@ def test_prefill_of_several_blocks_and_panels(layout: KVLayout, window: int) -> 
 @pytest.mark.parametrize("layout", [KVLayout(64, 8), KVLayout(128, 16), KVLayout(18, 5), KVLayout(256, 32)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decode_of_many_shapes(layout: KVLayout, dtype: torch.dtype) -> None:
-    for group, size, new, window in ((1, 128, 1, -1), (5, 48, 1, 90), (8, 16, 2, -1), (12, 128, 1, -1), (3, 32, 4, 5)):
+    shapes = ((1, 128, 1, -1), (5, 48, 1, 90), (8, 16, 2, -1), (12, 128, 1, -1), (3, 32, 4, 5), (9, 32, 1, -1))
+    for group, size, new, window in (*shapes, (7, 128, 1, 130)):
         lengths = [(300, new), (129, new), (new, new), (47, new)]
         Batch(layout, lengths, 3, group, size, seed=14, dtype=dtype, window=window).run()
 

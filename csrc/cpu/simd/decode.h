@@ -6,20 +6,10 @@
 // `Products` does the two products: VpdpbusdProducts or TileProducts.
 #pragma once
 
-#include "decode_query.h"
-#include "lanes.h"
-#include "prefetch.h"
+#include "decode_rows.h"
 
 namespace resq {
 namespace {
-
-// Operands and results of a pass. Rows of bytes: high bytes of all rows, then low bytes of all rows.
-struct PassOperands {
-  const int8_t* query;  // [2 rows, query_bytes]
-  const QueryRow* row;  // [rows]
-  float* score;         // [rows, kScoreStride], without the rows' units
-  int8_t* weight[2];    // [2 rows, kRowStride], by part
-};
 
 struct DecodeBuffers {
   int8_t* query;
@@ -28,44 +18,9 @@ struct DecodeBuffers {
   float *sum, *denominator, *zero, *row_max;  // [kv heads, rows] of width, 16, 2 x 16 and 1
   float* score;       // of PassOperands
   int8_t* weight[2];  // of PassOperands
-  int32_t* output;    // [2 rows, width]
+  int32_t* output;    // [2 rows, width], unless the products add to `sum`
   ChunkScales* scales;
 };
-
-// One chunk of keys of one kv head for one pass of query rows.
-struct Item {
-  bool valid = false;
-  int64_t kv = 0, pass = 0, key = 0;
-  Chunk chunk{};
-};
-
-template <int kParts>
-RowSums softmax_tiles(int64_t tiles, const ChunkScales& s, const QueryRow& row, const RowOperands& at, int64_t begin,
-                      int64_t end, Prefetch& prefetch) {
-  switch (tiles) {
-    case 1: return softmax_chunk<1, kParts>(s, row, at, begin, end, prefetch);
-    case 2: return softmax_chunk<2, kParts>(s, row, at, begin, end, prefetch);
-    case 3: return softmax_chunk<3, kParts>(s, row, at, begin, end, prefetch);
-    case 4: return softmax_chunk<4, kParts>(s, row, at, begin, end, prefetch);
-    case 5: return softmax_chunk<5, kParts>(s, row, at, begin, end, prefetch);
-    case 6: return softmax_chunk<6, kParts>(s, row, at, begin, end, prefetch);
-    case 7: return softmax_chunk<7, kParts>(s, row, at, begin, end, prefetch);
-    default: return softmax_chunk<8, kParts>(s, row, at, begin, end, prefetch);
-  }
-}
-
-// What a chunk adds to one row, and how much it shrinks what the row has.
-struct ChunkFactors {
-  float shrink, weight;
-};
-
-ChunkFactors advance_maximum(float chunk_max, float& row_max) {
-  const float reference = max(chunk_max, row_max), step = min(chunk_max, row_max) - reference;
-  const float smaller = _mm512_cvtss_f32(exp2_negative(_mm512_set1_ps(step)));
-  const bool moved = chunk_max > row_max;
-  row_max = reference;
-  return moved ? ChunkFactors{smaller, 1.0f} : ChunkFactors{1.0f, smaller};
-}
 
 void add_outputs(const DecodeShape& shape, const float* value_unit, const ChunkFactors& f, const int32_t* high,
                  const int32_t* low, float* sum) {
@@ -125,47 +80,28 @@ class Items {
   Item next_;
 };
 
-void softmax_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Item& item,
-                  const PassOperands& n, ChunkScales& scales, RowSums* sums, Prefetch& prefetch) {
-  if (item.pass == 0)
-    load_chunk_scales(args.page, item.chunk.page, item.chunk.token, item.chunk.tokens, task.key_end - item.key, scales);
-  const int64_t first = item.pass * shape.rows, count = min(shape.rows, task_rows(args, task) - first);
-  for (int64_t r = 0; r < count; ++r) {
-    RowOperands at;
-    at.score = n.score + r * kScoreStride;
-    for (int part = 0; part < 2; ++part)
-      for (int half = 0; half < 2; ++half)
-        at.weight[part][half] = n.weight[part] + (half * shape.rows + r) * kRowStride;
-    const int64_t position = task.position + (first + r) / args.group;
-    const int64_t begin = (args.window < 0 ? 0 : position - args.window + 1) - item.key;
-    const int64_t end = min(position + 1, task.key_end) - item.key, tiles = item.chunk.tokens / 16;
-    sums[r] = args.page.parts == 2 ? softmax_tiles<2>(tiles, scales, n.row[r], at, begin, end, prefetch)
-                                   : softmax_tiles<1>(tiles, scales, n.row[r], at, begin, end, prefetch);
-  }
-}
-
-void add_item(const AttentionArgs& args, const AttentionTask& task, const DecodeShape& shape, const Item& item,
-              const RowSums* row_sums, const DecodeBuffers& b) {
-  const float* value_unit = b.scales->value_unit;
-  const int64_t rows = task_rows(args, task), first = item.pass * shape.rows, count = min(shape.rows, rows - first);
+// Takes the item's denominators and zero points into the rows' sums; `at`: the first of the rows in `b`.
+void add_sums(const AttentionArgs& args, int64_t at, int64_t count, const RowSums* row_sums,
+              const ChunkFactors* factors, const DecodeBuffers& b) {
   for (int64_t r = 0; r < count; ++r) {
     const RowSums& sums = row_sums[r];
     if (!sums.seen) continue;
-    const int64_t at = item.kv * rows + first + r;
-    const ChunkFactors f = advance_maximum(sums.highest, b.row_max[at]);
+    const ChunkFactors f = factors[r];
     const __m512 shrink = _mm512_set1_ps(f.shrink);
     const auto add = [&](float* to, const __m512& what, float factor) {
       _mm512_store_ps(to, _mm512_fmadd_ps(what, _mm512_set1_ps(factor), _mm512_mul_ps(_mm512_load_ps(to), shrink)));
     };
-    add(b.denominator + at * 16, sums.denominator, f.weight);
+    add(b.denominator + (at + r) * 16, sums.denominator, f.weight);
     for (int64_t part = 0; part < args.page.parts; ++part)
-      add(b.zero + (at * 2 + part) * 16, sums.zero[part], f.weight * value_unit[part]);
-    add_outputs(shape, value_unit, f, b.output + r * shape.width, b.output + (shape.rows + r) * shape.width,
-                b.sum + at * shape.width);
+      add(b.zero + ((at + r) * 2 + part) * 16, sums.zero[part], f.weight * b.scales->value_unit[part]);
   }
 }
 
 RESQ_INLINE __m512 add_lanes(const float* x) { return _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(x))); }
+
+// Whether products add to the rows' sums themselves; otherwise they leave integers for add_outputs.
+template <class Products>
+constexpr bool kAddsOutputs = requires { &Products::add_outputs; };
 
 // Item by item: running the next item's products beside the softmax needs two of every buffer and was no faster. What an
 // item touches fits the L1 cache (40 KiB of it with head_dim 64 and eight rows): prefetches from memory fill the line
@@ -173,7 +109,7 @@ RESQ_INLINE __m512 add_lanes(const float* x) { return _mm512_set1_ps(_mm512_redu
 template <class Products>
 void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   const PageLayout& p = args.page;
-  const int64_t rows = task_rows(args, task), all = task.kv_heads * rows;
+  const int64_t rows = task_rows(args, task);
   const DecodeShape shape = decode_shape(p, rows);
   const int64_t padded = task.kv_heads * shape.passes * shape.rows;
   uint8_t* next = nullptr;
@@ -189,13 +125,13 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
     take(b.query, padded * 2 * shape.query_bytes);
     take(b.row, padded);
     take(b.scratch, 2 * task.kv_heads * args.group * p.head_dim);
-    take(b.sum, all * shape.width);
-    take(b.denominator, all * 16);
-    take(b.zero, all * 32);
-    take(b.row_max, all);
+    take(b.sum, padded * shape.width);
+    take(b.denominator, padded * 16);
+    take(b.zero, padded * 32);
+    take(b.row_max, padded);
     take(b.score, shape.rows * kScoreStride);
     for (int8_t*& weight : b.weight) take(weight, 2 * shape.rows * kRowStride);
-    take(b.output, 2 * shape.rows * shape.width);
+    if (!kAddsOutputs<Products>) take(b.output, 2 * shape.rows * shape.width);
     take(b.scales, 1);
     take(products_scratch, Products::scratch_bytes(shape));
   }
@@ -205,27 +141,48 @@ void decode_task(const AttentionArgs& args, const AttentionTask& task) {
   prefetch.start(p, items.next_chunk(), 0);
   prefetch.finish();
   quantize_queries(args, task, shape, b.scratch, b.query, b.row);
-  __builtin_memset(b.sum, 0, static_cast<size_t>(all * shape.width) * 4);
-  __builtin_memset(b.denominator, 0, static_cast<size_t>(all) * 64);
-  __builtin_memset(b.zero, 0, static_cast<size_t>(all) * 128);
-  for (int64_t r = 0; r < all; ++r) b.row_max[r] = kLowest;
+  __builtin_memset(b.sum, 0, static_cast<size_t>(padded * shape.width) * 4);
+  __builtin_memset(b.denominator, 0, static_cast<size_t>(padded) * 64);
+  __builtin_memset(b.zero, 0, static_cast<size_t>(padded) * 128);
+  for (int64_t r = 0; r < padded; ++r) b.row_max[r] = kLowest;
 
   const Products products(p, shape, products_scratch, prefetch);
   RowSums sums[kPassRows];
+  ChunkFactors factors[kPassRows];
   for (Item item = items.take(); item.valid; item = items.take()) {
     const int64_t row = (item.kv * shape.passes + item.pass) * shape.rows;
-    const PassOperands operands{b.query + 2 * row * shape.query_bytes, b.row + row, b.score, {b.weight[0], b.weight[1]}};
+    const PassOperands operands{
+        b.query + 2 * row * shape.query_bytes, b.row + row, b.score, {b.weight[0], b.weight[1]}};
     prefetch.finish();
     // About as many steps as softmax and products will make.
     prefetch.start(p, items.next_chunk(), Products::prefetch_steps(p, shape) + kSoftmaxSteps * shape.rows);
+    const int64_t count = min(shape.rows, rows - item.pass * shape.rows);  // the last pass may be short
+    const auto load_scales = [&] {
+      const Chunk& c = item.chunk;
+      if (item.pass == 0) load_chunk_scales(p, c.page, c.token, c.tokens, task.key_end - item.key, *b.scales);
+    };
+    if constexpr (kAddsOutputs<Products>) load_scales();  // their divisions end while the products are made
     products.scores(item.chunk, operands);
-    softmax_item(args, task, shape, item, operands, *b.scales, sums, prefetch);
-    products.outputs(item.chunk, operands, b.output);
-    add_item(args, task, shape, item, sums, b);
+    if constexpr (kAddsOutputs<Products>) {
+      softmax_together(args, task, shape, item, operands, *b.scales, count, sums, b.row_max + row, factors, prefetch);
+    } else {
+      load_scales();
+      softmax_rows(args, task, shape, item, operands, *b.scales, count, sums, b.row_max + row, factors, prefetch);
+    }
+    add_sums(args, row, count, sums, factors, b);
+    float* sum = b.sum + row * shape.width;
+    if constexpr (kAddsOutputs<Products>) {
+      products.add_outputs(item.chunk, operands, factors, b.scales->value_unit, sum);
+    } else {
+      products.outputs(item.chunk, operands, b.output);
+      for (int64_t r = 0; r < count; ++r)
+        add_outputs(shape, b.scales->value_unit, factors[r], b.output + r * shape.width,
+                    b.output + (shape.rows + r) * shape.width, sum + r * shape.width);
+    }
   }
   for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = kv * rows + r;
+      const int64_t at = kv * shape.passes * shape.rows + r;
       const LaneSum sum{b.sum + at * shape.width, shape.low_lanes,
                         {add_lanes(b.zero + at * 32), add_lanes(b.zero + at * 32 + 16)}};
       finish_lanes(args, task, kv, r, sum, b.row_max[at], b.row_max[at] > kLowest,

@@ -38,19 +38,17 @@ void quantize_queries(const AttentionArgs& args, const AttentionTask& task, cons
   const int64_t heads = task.kv_heads * args.group, rows = task_rows(args, task), passes = shape.passes;
   float* rotated = scratch + heads * p.head_dim;
   const float scale = args.scale * kLog2e;
-  alignas(64) float padded[2 * kMaxHeadDim];
   for (int64_t query = 0; query < task.queries; ++query) {
     load_rotated(args, task, query, 1, scratch, rotated);
-    for (int64_t h = 0; h < heads; ++h) {
-      const float* from = rotated + h * p.head_dim;
-      for (int64_t i = 0; i < shape.query_bytes; i += 16) _mm512_store_ps(padded + i, _mm512_setzero_ps());
-      __builtin_memcpy(padded, from, static_cast<size_t>(p.low) * 4);
-      __builtin_memcpy(padded + shape.low_bytes, from + p.low, static_cast<size_t>(p.high) * 4);
-      const int64_t r = query * args.group + h % args.group, pass = r / shape.rows, in_pass = r % shape.rows;
-      const int64_t block = h / args.group * passes + pass;
-      int8_t* high = query_codes + (block * 2 * shape.rows + in_pass) * shape.query_bytes;
-      int8_t* low = high + shape.rows * shape.query_bytes;
-      quantize_query(padded, shape.low_bytes, shape.query_bytes, scale, high, low, row[block * shape.rows + in_pass]);
+    const float* from = rotated;
+    for (int64_t kv = 0; kv < task.kv_heads; ++kv) {
+      for (int64_t head = 0; head < args.group; ++head, from += p.head_dim) {
+        const int64_t r = query * args.group + head, pass = r < shape.rows ? 0 : r / shape.rows;
+        const int64_t block = kv * passes + pass, in_pass = r - pass * shape.rows;
+        int8_t* high = query_codes + (block * 2 * shape.rows + in_pass) * shape.query_bytes;
+        int8_t* low = high + shape.rows * shape.query_bytes;
+        quantize_query(from, p, shape.low_bytes, scale, high, low, row[block * shape.rows + in_pass]);
+      }
     }
   }
   // The last pass may be short: its spare rows are multiplied like the others.

@@ -34,6 +34,11 @@ RESQ_INLINE __m512 load_zeros(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
+// The first n of 16 values, then zeros.
+RESQ_INLINE __m512 load_first(const float* x, int64_t n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1 << n) - 1), x);
+}
+
 // Of a part of 16 keys. Those that were never written give any score: no row sees them.
 struct KeyScales {
   __m512 scale, zero;  // zero: scale · zero point
@@ -48,6 +53,13 @@ struct KeyScales {
   }
   RESQ_INLINE __m512 add(__m512 before, __m512i high, __m512i low, float query_sum) const {
     return _mm512_fnmadd_ps(zero, _mm512_set1_ps(query_sum), _mm512_fmadd_ps(product(high, low), scale, before));
+  }
+  // The same from 128 · high + low as one.
+  RESQ_INLINE __m512 first(__m512i both, float query_sum) const {
+    return _mm512_fnmadd_ps(zero, _mm512_set1_ps(query_sum), _mm512_mul_ps(_mm512_cvtepi32_ps(both), scale));
+  }
+  RESQ_INLINE __m512 add(__m512 before, __m512i both, float query_sum) const {
+    return _mm512_fnmadd_ps(zero, _mm512_set1_ps(query_sum), _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), scale, before));
   }
 
  private:
@@ -93,32 +105,37 @@ struct QueryRow {
   float sum[2];  // Σ of a part's codes
 };
 
-// x, its low part of low_n values and n in all (multiples of 16) -> two bytes a value. Queries this small are as good as
-// 0: their scores differ by less than float32 can say.
+// Queries this small are as good as 0: their scores differ by less than float32 can say.
 constexpr float kSmallestQuery = 1e-20f;
 
-void quantize_query(const float* x, int64_t low_n, int64_t n, float scale, int8_t* high, int8_t* low, QueryRow& row) {
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  const float amax = _mm512_reduce_max_ps(largest);
-  const float unit = amax > kSmallestQuery ? amax / kQueryLevels : 1.0f;
-  const __m512 inverse = _mm512_set1_ps(1.0f / unit);
+// One part of a query, n values -> two bytes a value, zeros up to a multiple of 64, and the sum of the codes.
+RESQ_INLINE float quantize_query_part(const float* x, int64_t n, float inverse, int8_t* high, int8_t* low) {
   __m512i total = _mm512_setzero_si512();
-  row.unit = unit * scale;
-  row.sum[1] = 0.0f;
   for (int64_t i = 0; i < n; i += 16) {
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_first(x + i, n - i), _mm512_set1_ps(inverse)));
     q = _mm512_min_epi32(_mm512_max_epi32(q, _mm512_set1_epi32(-kQueryLevels)), _mm512_set1_epi32(kQueryLevels));
     total = _mm512_add_epi32(total, q);
     const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
     const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 7));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(h));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(l));
-    if (i + 16 == low_n || i + 16 == n) {
-      row.sum[i + 16 > low_n] = static_cast<float>(_mm512_reduce_add_epi32(total));
-      total = _mm512_setzero_si512();
-    }
   }
+  for (int64_t i = round_up(n, 16); i < round_up(n, 64); i += 16)
+    for (int8_t* to : {high + i, low + i}) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_setzero_si128());
+  return static_cast<float>(_mm512_reduce_add_epi32(total));
+}
+
+// A query of head_dim values; its high part follows at byte `low_bytes`.
+void quantize_query(const float* x, const PageLayout& p, int64_t low_bytes, float scale, int8_t* high, int8_t* low,
+                    QueryRow& row) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t i = 0; i < p.head_dim; i += 16)
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(load_first(x + i, p.head_dim - i)));
+  const float amax = _mm512_reduce_max_ps(largest);
+  const float unit = amax > kSmallestQuery ? amax / kQueryLevels : 1.0f, inverse = 1.0f / unit;
+  row.unit = unit * scale;
+  row.sum[0] = quantize_query_part(x, p.low, inverse, high, low);
+  row.sum[1] = quantize_query_part(x + p.low, p.high, inverse, high + low_bytes, low + low_bytes);
 }
 
 // 64 weights, 14 bits each in order of the tokens -> their high and low 7 bits as bytes.
@@ -148,32 +165,39 @@ struct RowSums {
 
 constexpr int64_t kSoftmaxSteps = 10;  // of the prefetch, for a row of a whole chunk
 
-// A chunk of 16·N tokens, of which [begin, end) are seen.
-template <int N, int kParts>
-RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowOperands& at, int64_t begin, int64_t end,
-                      Prefetch& prefetch) {
-  __m512 score[N];
-  Prefetch::Steps ahead(prefetch);
+// A row's scores of 16·N tokens, of which [begin, end) are seen.
+template <int N>
+RESQ_INLINE void load_scores(__m512 (&score)[N], const float* from, int64_t begin, int64_t end,
+                             Prefetch::Steps& ahead) {
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     ahead.step();
-    score[i] = _mm512_loadu_ps(at.score + 16 * i);
+    score[i] = _mm512_loadu_ps(from + 16 * i);
   }
-  if (begin > 0 || end < 16 * N) {
-    const __m512i first = key_bound(begin, kChunk), last = key_bound(end, kChunk);
+  if (begin <= 0 && end >= 16 * N) return;
+  const __m512i first = key_bound(begin, kChunk), last = key_bound(end, kChunk);
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i)
-      score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kLowest), keys_seen(16 * i, first, last), score[i]);
-  }
+  for (int i = 0; i < N; ++i)
+    score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kLowest), keys_seen(16 * i, first, last), score[i]);
+}
+
+template <int N>
+RESQ_INLINE __m512 highest_lanes(const __m512 (&score)[N]) {
   __m512 highest = score[0];
 #pragma GCC unroll 8
   for (int i = 1; i < N; ++i) highest = _mm512_max_ps(highest, score[i]);
-  const float largest = _mm512_reduce_max_ps(highest);
-  RowSums sums{_mm512_setzero_ps(), {_mm512_setzero_ps(), _mm512_setzero_ps()}, largest * row.unit, largest > kLowest};
+  return highest;
+}
+
+// Scores -> weights, their denominator and what they add of zero points.
+template <int N, int kParts>
+RESQ_INLINE void weigh_scores(__m512 (&score)[N], const ChunkScales& s, const QueryRow& row, const RowOperands& at,
+                              RowSums& sums, Prefetch::Steps& ahead) {
+  sums.denominator = sums.zero[0] = sums.zero[1] = _mm512_setzero_ps();
   if (!sums.seen) {
     for (int part = 0; part < kParts; ++part)
       for (int half = 0; half < 2; ++half) __builtin_memset(at.weight[part][half], 0, (N + 3) / 4 * 64);
-    return sums;
+    return;
   }
   const __m512 unit = _mm512_set1_ps(row.unit), reference = _mm512_set1_ps(sums.highest);
 #pragma GCC unroll 8
@@ -206,7 +230,56 @@ RowSums softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowOperan
     }
     sums.zero[part] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(zero_high, 7), zero_low));
   }
-  return sums;
+}
+
+// One row's chunk of 16·N tokens, of which [begin, end) are seen.
+template <int N, int kParts>
+void softmax_chunk(const ChunkScales& s, const QueryRow& row, const RowOperands& at, int64_t begin, int64_t end,
+                   RowSums& sums, Prefetch& prefetch) {
+  __m512 score[N];
+  Prefetch::Steps ahead(prefetch);
+  load_scores(score, at.score, begin, end, ahead);
+  const float largest = _mm512_reduce_max_ps(highest_lanes(score));
+  sums.highest = largest * row.unit;
+  sums.seen = largest > kLowest;
+  weigh_scores<N, kParts>(score, s, row, at, sums, ahead);
+}
+
+// The same in two steps, between which the maxima of all rows are known.
+template <int N>
+void find_highest(const RowOperands& at, int64_t begin, int64_t end, __m512& highest, Prefetch& prefetch) {
+  __m512 score[N];
+  Prefetch::Steps ahead(prefetch);
+  load_scores(score, at.score, begin, end, ahead);
+  highest = highest_lanes(score);
+}
+
+template <int N, int kParts>
+void weigh_chunk(const ChunkScales& s, const QueryRow& row, const RowOperands& at, int64_t begin, int64_t end,
+                 RowSums& sums, Prefetch& prefetch) {
+  __m512 score[N];
+  Prefetch::Steps ahead(prefetch);
+  load_scores(score, at.score, begin, end, ahead);
+  weigh_scores<N, kParts>(score, s, row, at, sums, ahead);
+}
+
+// The largest lane of each of eight vectors.
+RESQ_INLINE __m256 reduce_rows(const __m512 (&lanes)[8]) {
+  __m256 pair[4], quad[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m256 of[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j)
+      of[j] = _mm256_max_ps(_mm512_castps512_ps256(lanes[2 * i + j]), _mm512_extractf32x8_ps(lanes[2 * i + j], 1));
+    pair[i] = _mm256_max_ps(_mm256_unpacklo_ps(of[0], of[1]), _mm256_unpackhi_ps(of[0], of[1]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256d a = (__m256d)pair[2 * i], b = (__m256d)pair[2 * i + 1];
+    quad[i] = _mm256_max_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
+  }
+  return _mm256_max_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20), _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
 }
 
 }  // namespace

@@ -72,31 +72,39 @@ void pack_key_nibbles(uint8_t* plane, int64_t token, const uint8_t* codes, int64
 }
 
 // Byte `token` % 4 of `lanes` words. Only that byte is written: other threads write its neighbours.
-RESQ_INLINE void put_lanes(uint8_t* words, int64_t token, const uint8_t* bytes, int64_t lanes) {
-  int64_t c = 0;
+template <class F>
+RESQ_INLINE void put_lanes(uint8_t* words, int64_t token, int64_t lanes, const F& byte_at) {
 #if defined(RESQ_TU_AVX512)
   const int shift = static_cast<int>(token % 4);
   const __mmask64 byte = 0x1111111111111111ull << shift;
   const __m128i count = _mm_cvtsi32_si128(8 * shift);
-  for (; c < lanes; c += 16) {
+  for (int64_t c = 0; c < lanes; c += 16) {
     const __mmask64 mask = lanes - c >= 16 ? byte : byte & ((1ull << 4 * (lanes - c)) - 1);
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + c)));
-    _mm512_mask_storeu_epi8(words + 4 * c, mask, _mm512_sll_epi32(wide, count));
+    _mm512_mask_storeu_epi8(words + 4 * c, mask, _mm512_sll_epi32(_mm512_cvtepu8_epi32(byte_at(c)), count));
   }
+#else
+  for (int64_t c = 0; c < lanes; ++c) words[4 * c + token % 4] = byte_at(c);
 #endif
-  for (; c < lanes; ++c) words[4 * c + token % 4] = bytes[c];
 }
+
+// What put_lanes takes at a time; reads up to 15 codes past the last one.
+#if defined(RESQ_TU_AVX512)
+RESQ_INLINE __m128i some_codes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+RESQ_INLINE __m128i both_nibbles(__m128i low, __m128i high) { return _mm_or_si128(low, _mm_slli_epi16(high, 4)); }
+#else
+RESQ_INLINE uint8_t some_codes(const uint8_t* p) { return *p; }
+RESQ_INLINE uint8_t both_nibbles(uint8_t low, uint8_t high) { return static_cast<uint8_t>(low | high << 4); }
+#endif
 
 // Planes of V: one 32-bit word per lane, 4 tokens side by side.
 void pack_value_bytes(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
-  put_lanes(plane + (token / 4) * width * 4, token, codes, width);
+  put_lanes(plane + (token / 4) * width * 4, token, width, [&](int64_t c) { return some_codes(codes + c); });
 }
 
 void pack_value_nibbles(uint8_t* plane, int64_t token, const uint8_t* codes, int64_t width) {
   const int64_t lanes = width / 2;
-  alignas(64) uint8_t both[kMaxHeadDim / 2 + 64];
-  for (int64_t c = 0; c < lanes; ++c) both[c] = static_cast<uint8_t>(codes[c] | codes[c + lanes] << 4);
-  put_lanes(plane + (token / 4) * lanes * 4, token, both, lanes);
+  put_lanes(plane + (token / 4) * lanes * 4, token, lanes,
+            [&](int64_t c) { return both_nibbles(some_codes(codes + c), some_codes(codes + c + lanes)); });
 }
 
 // One head of one token. which: 0 = K, 1 = V.
