@@ -84,7 +84,8 @@ def add_rms_norm(
     while lanes.shape[-1] > 1:
         low, high = lanes.chunk(2, -1)
         lanes = low + high
-    factor = 1 / torch.sqrt(lanes / total.shape[-1] + epsilon)
+    # Not 1 / torch.sqrt: MKL's square root is off by a bit on some CPUs (AMD Zen 4).
+    factor = torch.rsqrt(lanes / total.shape[-1] + epsilon)
     return (total * factor).to(x.dtype) * weight, total.to(x.dtype)
 
 

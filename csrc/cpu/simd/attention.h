@@ -106,14 +106,14 @@ void attention_tile(const AttentionArgs& args, const AttentionTask& task) {
 
   for (int64_t key = task.key_begin; key < task.key_end; key += kKeyTile) {
     unpack_tile(args, task, key, task.key_end, value_stride, b);
-    gemm_f32(rows, kKeyTile, dims, b.query, dims, b.key, kKeyTile, b.scores, kKeyTile, false);
+    gemm_f32_stretches(rows, kKeyTile, dims, b.query, dims, b.key, kKeyTile, b.scores, kKeyTile, false);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = task.position + r / args.group;
       const int64_t first = args.window < 0 ? 0 : position - args.window + 1;
       softmax_row(b.scores + r * kKeyTile, first - key, min(position + 1, task.key_end) - key, b.row_max[r],
                   b.denominator[r], b.sum + r * width, width);
     }
-    gemm_f32(rows, width, kKeyTile, b.scores, kKeyTile, b.value, value_stride, b.sum, width, true);
+    gemm_f32_stretches(rows, width, kKeyTile, b.scores, kKeyTile, b.value, value_stride, b.sum, width, true);
   }
 
   for (int64_t r = 0; r < rows; ++r) finish_row(args, task, 0, r, b.sum + r * width, b.row_max[r], b.denominator[r]);

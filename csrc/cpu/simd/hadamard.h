@@ -1,7 +1,7 @@
 // Block-diagonal Hadamard transform in float32: every block x as a [k, 2^m] matrix -> (H_k ⊗ H_{2^m}) x / sqrt(n).
 //
 // The butterflies and the final division round as resq_vllm.reference.block_hadamard does, so with k = 1 the result is
-// equal bit for bit; the sums of the dense factor run over k in order, where torch leaves its order open.
+// equal bit for bit; the sums of the dense factor have an order of their own, which torch leaves open.
 #pragma once
 
 #include "convert.h"
@@ -130,7 +130,7 @@ void hadamard_blocks(float* x, int64_t blocks, int64_t n, int64_t k, const float
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t i = 0; i < k; ++i) __builtin_memcpy(rows + i * columns + b * width, x + b * n + i * width, bytes);
   walsh_hadamard(rows, k * columns, width);
-  gemm_f32(k, columns, k, dense, k, rows, columns, mixed, columns, false);
+  gemm_f32_stretches(k, columns, k, dense, k, rows, columns, mixed, columns, false);
   divide(mixed, k * columns, root);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t i = 0; i < k; ++i) __builtin_memcpy(x + b * n + i * width, mixed + i * columns + b * width, bytes);
