@@ -99,7 +99,7 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
   // Neighbouring superblocks of the same rows in one call: the kernel reads ahead from one to the next.
   const int64_t width = share_of(superblocks, (tasks + parts - 1) / parts);
   const int64_t widths = (superblocks + width - 1) / width;
-  share_out(parts * widths, 1, [&](int64_t begin, int64_t end) {
+  share_streams(parts * widths, 1, 1, [](bool) { return 0; }, [&](int, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t from = task / widths * height, superblock = task % widths * width;
       k.linear(l, superblock, std::min(superblocks, superblock + width), from, std::min(rows, from + height));

@@ -1,6 +1,6 @@
 // The float epilogue of a block of rows and half a superblock, row by row between the tile products of the next block.
 //
-// Sums and their order are those of gemm_int8.h's accumulate_run: equal bit for bit.
+// Sums and their order are those of RunTerms: equal bit for bit.
 #pragma once
 
 #include "amx_unpack.h"
@@ -84,13 +84,9 @@ class Epilogue {
   static constexpr int64_t kBlockRows = 2 * kTileRows, kBlockWords = kBlockRows * kHalf;
 
   // terms: of rows [first, ...).
-  Epilogue(const LinearArgs& args, const RowTerms* terms, int64_t first) : args_(args), terms_(terms), first_(first) {
-    const uintptr_t places = reinterpret_cast<uintptr_t>(args.out) | static_cast<uintptr_t>(args.out_stride * 2);
-    past_caches_ = args.out_past_caches && args.out_dtype == DType::bf16 && places % 64 == 0;
-  }
-  ~Epilogue() {
-    if (past_caches_) _mm_sfence();
-  }
+  Epilogue(const LinearArgs& args, const RowTerms* terms, int64_t first)
+      : args_(args), terms_(terms), first_(first), around_(around_caches(args)) {}
+  ~Epilogue() { finish_writes(around_); }
 
   // Rows [row, row + rows) and one half of the columns. products[run of the ending][row of the block][column of the
   // half]; y float32 [row of the block][column of the half] goes from stretch to stretch.
@@ -102,7 +98,7 @@ class Epilogue {
     y_ = y;
     row_ = row;
     left_ = width_ > 0 ? rows : 0;
-    if (ending.last && !past_caches_)
+    if (ending.last && !around_)
       for (int64_t m = 0; m < min(left_, kAhead); ++m) fetch(row + m);
   }
 
@@ -188,12 +184,8 @@ class Epilogue {
     if (args_.bias)
       for (int c = 0; c < V; ++c) sum[c] = sum[c] + load(ending_->bias + column_ + c * W);
     if (args_.out_dtype == DType::bf16 && width_ == kHalf) {
-      const __m512i line = bfloats(sum[0], sum[1]);
-      if (past_caches_) {
-        _mm512_stream_si512(static_cast<__m512i*>(out(row)), line);
-        return;
-      }
-      _mm512_storeu_si512(out(row), line);
+      store_line(out(row), bfloats(sum[0], sum[1]), around_);
+      if (around_) return;
     } else {
       for (int c = 0; c < V; ++c) store(y + c * W, sum[c]);
       store_row(y, args_.out_dtype, width_, out(row));
@@ -204,7 +196,7 @@ class Epilogue {
   const LinearArgs& args_;
   const RowTerms* terms_;
   int64_t first_;
-  bool past_caches_;
+  bool around_;
   const Ending* ending_ = nullptr;
   const int32_t* products_ = nullptr;
   float* y_ = nullptr;

@@ -7,53 +7,12 @@
 // The float part, float(I)·(s_x·s_w) summed in run order without fusing, equals resq_vllm.reference.linear bit for bit.
 #pragma once
 
-#if defined(RESQ_TU_AVX512)
-#include "micro_avx512.h"
-#elif defined(RESQ_TU_AVX2)
-#include "micro_avx2.h"
-#else
-#include "micro_portable.h"
-#endif
+#include "output.h"
 #include "quantize.h"
+#include "run_products.h"
 
 namespace resq {
 namespace {
-
-template <int MR, int S>
-void micro_run(const RunPlace& run, int32_t act_bits, const uint8_t* w, int64_t stride, const int8_t* a, int64_t lda,
-               int32_t* acc) {
-  if constexpr (S > 1) {
-    if (run.nibbles) {
-      micro_nibbles<MR, S>(w, a, lda, run.padded / 8, acc, stride);
-    } else {
-      micro_bytes<MR, false, S>(w, a, lda, run.padded / 4, acc, stride);
-    }
-  } else if (run.nibbles) {
-    micro_nibbles<MR>(w, a, lda, run.padded / 8, acc);
-  } else if (act_bits == 4) {
-    micro_bytes<MR, true>(w, a, lda, run.padded / 4, acc);
-  } else {
-    micro_bytes<MR, false>(w, a, lda, run.padded / 4, acc);
-  }
-}
-
-// y[0:n] (+)= float(I)·(s_x·s_w) of one token and run.
-RESQ_INLINE void accumulate_run(const int32_t* acc, const int32_t* weight_sum, const float* weight_scale, int64_t n,
-                                int32_t start, int32_t zero, float scale, bool first, float* y) {
-  // Unsigned, because partial results may leave int32 before the last term brings them back.
-  const uint32_t from = static_cast<uint32_t>(start), factor = static_cast<uint32_t>(zero);
-  int64_t j = 0;
-  for (; j + W <= n; j += W) {
-    const VU exact = load_words(acc + j) + from - load_words(weight_sum + j) * factor;
-    const VF term = to_float((VI)exact) * (load(weight_scale + j) * scale);
-    store(y + j, first ? term : load(y + j) + term);
-  }
-  for (; j < n; ++j) {
-    const uint32_t exact = static_cast<uint32_t>(acc[j]) + from - static_cast<uint32_t>(weight_sum[j]) * factor;
-    const float term = static_cast<float>(static_cast<int32_t>(exact)) * (scale * weight_scale[j]);
-    y[j] = first ? term : y[j] + term;
-  }
-}
 
 // Asks for n words that the epilogue of a product will read.
 RESQ_INLINE void fetch_words(const void* p, int64_t n) {
@@ -64,33 +23,37 @@ RESQ_INLINE void fetch_words(const void* p, int64_t n) {
 // MR rows from `row` on with S superblocks, whose n outputs begin at `column`.
 template <int MR, int S>
 void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column, int64_t n, const float* bias,
-                 int64_t row) {
+                 int64_t row, Ahead& next) {
   constexpr int64_t width = S * kSuperblock;
-  alignas(64) int32_t acc[MR * width];
   alignas(64) float y[MR * width];
+  RunTerms<MR> terms;
+  terms.n = n;
+  terms.y = y;
   const PlanView& plan = args.plan;
+  const bool around = around_caches(args);
   for (int64_t r = 0; r < plan.n_runs; ++r) {
     const RunPlace& run = plan.runs[r];
     const int32_t bits = plan.group_bits[run.group];
-    const float* weight_scale = args.weight_scale + run.scale_row * args.n + column;
-    const int32_t* weight_sum = args.weight_sum + r * args.n + column;
-    fetch_words(weight_scale, n);
-    fetch_words(weight_sum, n);
-    micro_run<MR, S>(run, bits, weights + run.weight_at, plan.superblock_bytes,
-                     args.codes + row * args.code_stride + run.activation_at, args.code_stride, acc);
+    terms.weight_scale = args.weight_scale + run.scale_row * args.n + column;
+    terms.weight_sum = args.weight_sum + r * args.n + column;
+    fetch_words(terms.weight_scale, n);
+    fetch_words(terms.weight_sum, n);
     const int32_t weight_offset = run.nibbles ? 8 : 128;
     for (int64_t m = 0; m < MR; ++m) {
       const int64_t at = (row + m) * plan.n_groups + run.group;
-      const int32_t start = -weight_offset * args.sums[(row + m) * plan.n_runs + r];
-      const int32_t zero = args.zero[at] - code_offset(bits);
-      accumulate_run(acc + m * width, weight_sum, weight_scale, n, start, zero, args.scale[at], r == 0, y + m * width);
+      terms.start[m] = static_cast<uint32_t>(-weight_offset * args.sums[(row + m) * plan.n_runs + r]);
+      terms.zero[m] = static_cast<uint32_t>(args.zero[at] - code_offset(bits));
+      terms.scale[m] = args.scale[at];
     }
+    terms.first = r == 0;
+    add_run<MR, S>(run, bits, weights + run.weight_at, plan.superblock_bytes,
+                   args.codes + row * args.code_stride + run.activation_at, args.code_stride, terms, next);
   }
   for (int64_t m = 0; m < MR; ++m) {
     float* sum = y + m * width;
     if (bias)
       for (int64_t j = 0; j < n; ++j) sum[j] += bias[j];
-    store_row(sum, args.out_dtype, n, element(args.out, args.out_dtype, (row + m) * args.out_stride + column));
+    write_row(args, around, row + m, column, n, sum);
   }
 }
 
@@ -105,8 +68,9 @@ void linear_abreast(const LinearArgs& args, int64_t superblock, int64_t begin, i
     load_row(element(args.bias, args.bias_dtype, column), args.bias_dtype, n, bias_values);
     bias = bias_values;
   }
+  Ahead next = ahead_of(args, superblock, end - begin);
   const auto rows_from = [&]<int MR>(int64_t row) {
-    if constexpr (S <= kAbreast<MR>) linear_rows<MR, S>(args, weights, column, n, bias, row);
+    if constexpr (S <= kAbreast<MR>) linear_rows<MR, S>(args, weights, column, n, bias, row, next);
   };
   for (int64_t row = begin; row < end;) {
     const int64_t blocks = (end - row + kMicroRows - 1) / kMicroRows;
@@ -151,6 +115,7 @@ void linear_superblocks(const LinearArgs& args, int64_t superblock, int64_t supe
       linear_abreast<1>(args, superblock++, begin, end);
     }
   }
+  finish_writes(around_caches(args));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Integer micro-kernels for AVX-512 VNNI: up to 6 tokens x 64 output columns, unpacked in registers.
 #pragma once
 
-#include "vec.h"
+#include "run_terms.h"
 
 namespace resq {
 namespace {
@@ -41,18 +41,49 @@ RESQ_INLINE __m512i read_weights(const uint8_t* p) {
   return weights;
 }
 
-// acc[m·64·S + 64·s + n] = Σ over groups of 8 columns, weights as nibbles: 4 vectors of 16 outputs per group, byte 4c + j
+// The next superblock's bytes, some at every step while this one is multiplied: into L2, as both are more than L1.
+struct Ahead {
+  const uint8_t* at;
+  int64_t rate;  // bytes a step, at most a line
+
+  RESQ_INLINE void step() {
+    _mm_prefetch(at, _MM_HINT_T1);
+    at += rate;
+  }
+};
+constexpr int64_t kAheadSteps = 2;  // of a group
+
+// y[m·64·S + 64·s + n] (+)= the terms of these products. In registers: through memory, and row by row, terms took twice
+// as long.
+template <bool kFirst, int MR, int S>
+RESQ_INLINE void add_terms(const RunTerms<MR>& terms, const __m512i (&acc)[MR][S][4]) {
+#pragma GCC unroll 16
+  for (int c = 0; c < 4 * S; ++c) {
+    const __mmask16 used = first_lanes(terms.n - c * W);
+    const VU sum = (VU)_mm512_maskz_loadu_epi32(used, terms.weight_sum + c * W);
+    const VF weight = (VF)_mm512_maskz_loadu_ps(used, terms.weight_scale + c * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      float* y = terms.y + (m * 4 * S + c) * W;
+      const VF term = terms.of((VU)acc[m][c / 4][c % 4], sum, weight, m);
+      store(y, kFirst ? term : load(y) + term);
+    }
+  }
+}
+
+// The terms of Σ over groups of 8 columns, weights as nibbles: 4 vectors of 16 outputs per group, byte 4c + j
 // of a vector holding column j of the group (low nibble) and column 4 + j (high nibble) for output c. S superblocks that
 // lie `stride` bytes apart.
-template <int MR, int S = 1>
+template <int MR, int S>
 __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups,
-                                             int32_t* out, int64_t stride = 0) {
+                                             const RunTerms<MR>& terms, int64_t stride, Ahead& next) {
   __m512i acc[MR][S][4];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
     for (int c = 0; c < 4 * S; ++c) acc[m][c / 4][c % 4] = _mm512_setzero_si512();
   const __m512i mask = _mm512_set1_epi8(15);
+  Ahead ahead = next;
   for (int64_t g = 0; g < groups; ++g) {
     const int8_t* q = a + g * 8;
 #pragma GCC unroll 4
@@ -60,6 +91,7 @@ __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, 
       const uint8_t* p = w + s * stride + g * 256;
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
+        if (MR > kPrefetchRows && c % (4 / kAheadSteps) == 0) ahead.step();
         const __m512i both = read_weights<MR>(p + c * 64);
         const __m512i low = _mm512_and_si512(both, mask);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
@@ -70,21 +102,24 @@ __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, 
       }
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 16
-    for (int c = 0; c < 4 * S; ++c) _mm512_storeu_si512(out + m * 64 * S + c * 16, acc[m][c / 4][c % 4]);
+  next = ahead;
+  if (terms.first) {
+    add_terms<true>(terms, acc);
+  } else {
+    add_terms<false>(terms, acc);
+  }
 }
 
-// The same with a byte per weight and groups of 4 columns. The width of the activations does not matter here.
-template <int MR, bool kNarrow, int S = 1>
+// The same with a byte per weight and groups of 4 columns.
+template <int MR, int S>
 __attribute__((noinline)) void micro_bytes(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups,
-                                           int32_t* out, int64_t stride = 0) {
+                                           const RunTerms<MR>& terms, int64_t stride, Ahead& next) {
   __m512i acc[MR][S][4];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
     for (int c = 0; c < 4 * S; ++c) acc[m][c / 4][c % 4] = _mm512_setzero_si512();
+  Ahead ahead = next;
   for (int64_t g = 0; g < groups; ++g) {
     const int8_t* q = a + g * 4;
 #pragma GCC unroll 4
@@ -92,16 +127,19 @@ __attribute__((noinline)) void micro_bytes(const uint8_t* w, const int8_t* a, in
       const uint8_t* p = w + s * stride + g * 256;
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
+        if (MR > kPrefetchRows && c % (4 / kAheadSteps) == 0) ahead.step();
         const __m512i weight = read_weights<MR>(p + c * 64);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) dot(acc[m][s][c], weight, q + m * lda);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 16
-    for (int c = 0; c < 4 * S; ++c) _mm512_storeu_si512(out + m * 64 * S + c * 16, acc[m][c / 4][c % 4]);
+  next = ahead;
+  if (terms.first) {
+    add_terms<true>(terms, acc);
+  } else {
+    add_terms<false>(terms, acc);
+  }
 }
 
 }  // namespace

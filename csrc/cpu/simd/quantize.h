@@ -168,7 +168,12 @@ void quantize_blocks(const QuantizeArgs& args, int64_t row, int64_t block_begin,
     float* y = x + (s->column - column);
     if (direct) {
       const uint16_t* from = static_cast<const uint16_t*>(args.x) + row * args.row_stride + s->column;
-      transform_segment([&](int64_t i) { return load_bfloat(from + i); }, s->columns, y, range);
+      const uint16_t* next = from + args.row_stride;
+      const auto read = [&](int64_t i) {
+        if (i % kLineValues == 0) fetch_ahead(next, DType::bf16, i);
+        return load_bfloat(from + i);
+      };
+      transform_segment(read, s->columns, y, range);
     } else if (fused) {
       transform_segment([&](int64_t i) { return load(y + i); }, s->columns, y, range);
     } else {

@@ -35,13 +35,6 @@ struct Quotients {
   }
 };
 
-RESQ_INLINE __mmask16 first_lanes(int64_t n) {
-  return static_cast<__mmask16>(n >= W ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0);
-}
-
-// The first n lanes from memory, 0 in the others.
-RESQ_INLINE VF load_part(const float* x, int64_t n) { return (VF)_mm512_maskz_loadu_ps(first_lanes(n), x); }
-
 // q − offset of n values x/root to `codes`; returns their sum. Saturating packs do the clamping: to [−128, 127] for an
 // offset of 128 and 255 levels, to [0, 255] and then the levels for an offset of 0.
 template <bool kRoot>

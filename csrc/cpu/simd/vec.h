@@ -30,6 +30,14 @@ typedef int32_t IntMem __attribute__((aligned(1), may_alias));
 RESQ_INLINE VF load(const float* p) { return *reinterpret_cast<const VFMem*>(p); }
 RESQ_INLINE void store(float* p, VF v) { *reinterpret_cast<VFMem*>(p) = v; }
 RESQ_INLINE VU load_words(const void* p) { return *reinterpret_cast<const VUMem*>(p); }
+#if defined(RESQ_TU_AVX512)
+RESQ_INLINE __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n >= W ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0);
+}
+
+// The first n lanes from memory, 0 in the others.
+RESQ_INLINE VF load_part(const float* x, int64_t n) { return (VF)_mm512_maskz_loadu_ps(first_lanes(n), x); }
+#endif
 RESQ_INLINE VF splat(float x) { return x - VF{}; }
 RESQ_INLINE VI splat(int32_t x) { return x - VI{}; }
 RESQ_INLINE VF to_float(VI v) { return __builtin_convertvector(v, VF); }
