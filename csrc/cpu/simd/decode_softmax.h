@@ -34,11 +34,6 @@ RESQ_INLINE __m512 load_zeros(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// The first n of 16 values, then zeros.
-RESQ_INLINE __m512 load_first(const float* x, int64_t n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1 << n) - 1), x);
-}
-
 // Of a part of 16 keys. Those that were never written give any score: no row sees them.
 struct KeyScales {
   __m512 scale, zero;  // zero: scale · zero point
@@ -112,7 +107,7 @@ constexpr float kSmallestQuery = 1e-20f;
 RESQ_INLINE float quantize_query_part(const float* x, int64_t n, float inverse, int8_t* high, int8_t* low) {
   __m512i total = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16) {
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_first(x + i, n - i), _mm512_set1_ps(inverse)));
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)load_part(x + i, n - i), _mm512_set1_ps(inverse)));
     q = _mm512_min_epi32(_mm512_max_epi32(q, _mm512_set1_epi32(-kQueryLevels)), _mm512_set1_epi32(kQueryLevels));
     total = _mm512_add_epi32(total, q);
     const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
@@ -130,7 +125,7 @@ void quantize_query(const float* x, const PageLayout& p, int64_t low_bytes, floa
                     QueryRow& row) {
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < p.head_dim; i += 16)
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(load_first(x + i, p.head_dim - i)));
+    largest = _mm512_max_ps(largest, _mm512_abs_ps((__m512)load_part(x + i, p.head_dim - i)));
   const float amax = _mm512_reduce_max_ps(largest);
   const float unit = amax > kSmallestQuery ? amax / kQueryLevels : 1.0f, inverse = 1.0f / unit;
   row.unit = unit * scale;
