@@ -82,11 +82,14 @@ def test_cached_prefix_gives_the_same_answer(server: VLLMServer) -> None:
 
 def test_served_perplexity_is_the_specification_s(server: VLLMServer) -> None:
     tokenizer, model = load_tokenizer(Path(server.model)), load_reference_model(Path(server.model))
+    # bf16 flips 4-bit codes at random: the perplexity of 6,400 tokens has differed from float32's by 0.57 %, that of
+    # 14,400 by 0.54 %. These are 43,000.
+    count = 180
     exact: list[float] = []
-    for passage in passages():
+    for passage in passages(count):
         ids = torch.tensor([tokenizer(passage)["input_ids"]])
         with torch.inference_mode():
             logits = model(ids).logits[0, :-1].float()
         exact += logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
     # vLLM computes in bf16, the specification in float32.
-    assert served_perplexity(server) == pytest.approx(perplexity(exact), rel=0.005)
+    assert served_perplexity(server, count) == pytest.approx(perplexity(exact), rel=0.005)

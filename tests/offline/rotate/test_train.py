@@ -93,8 +93,9 @@ def test_training_lowers_the_loss_of_text_it_never_saw(outliers: LayerRunner, ob
 def test_result_is_orthogonal_in_its_blocks_and_leaves_the_function(
     outliers: LayerRunner, blocks: RotationBlocks
 ) -> None:
-    sequences, initial = model_text(outliers, 24), unrotated()
-    options = TrainOptions(tokens=24 * 60, batch_tokens=24 * 6, lr=0.5, objective="divergence")
+    # Half of the text and of the batch lead to rotations that are no better, and so not kept, with every third seed.
+    sequences, initial = model_text(outliers, 48), unrotated()
+    options = TrainOptions(tokens=24 * 120, batch_tokens=24 * 12, lr=0.5, objective="divergence")
     trained = train_rotations(outliers, sequences, initial, blocks, *quantizers(initial), GROUPS, options)
     assert trained is not initial
     assert torch.equal(trained.key, initial.key)
