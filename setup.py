@@ -103,6 +103,8 @@ setup(
                 "-std=c++20",
                 "-g0",
                 "-fvisibility=hidden",
+                # Most builds of Python pass it on; without it decode attention ran at 0.64 to 0.8 of its speed.
+                "-fwrapv",
                 "-ffp-contract=off",  # results equal torch's bit for bit on every instruction set
                 # g++ 12 warns about its own <immintrin.h>, and about loops it has proved to be empty.
                 "-Wno-uninitialized",
