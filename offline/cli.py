@@ -204,6 +204,7 @@ def evaluate(
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="vLLM only: no torch.compile.")] = False,
     tasks: Annotated[str, typer.Option(help=TASKS_HELP)] = "",
     task_limit: Annotated[int | None, typer.Option(help="Documents a task, at most.")] = None,
+    trust_remote_code: Trust = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Perplexity, or accuracies in lm-eval tasks, of a checkpoint, quantized or not."""
@@ -221,6 +222,7 @@ def evaluate(
         enforce_eager=enforce_eager,
         tasks=parse_list(tasks),
         task_limit=task_limit,
+        trust_remote_code=trust_remote_code,
     )
     if "perplexity" in result:
         typer.echo(f"perplexity {result['perplexity']:.4f} over {result['tokens']} tokens ({engine})")
@@ -262,6 +264,7 @@ def compare(
     ablations: Annotated[
         str, typer.Option(help="Add rows of ResQ with one choice changed: all, or names (no-ua, low-3, high-1/4, …).")
     ] = "",
+    trust_remote_code: Trust = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of tables, plots and finished rows [compare-MODEL].")
     ] = None,
@@ -295,6 +298,7 @@ def compare(
         high_fraction=high_fraction,
         kv_bits=parse_kv_bits(kv_bits),
         ablations=extra,
+        trust_remote_code=trust_remote_code,
     )
     try:
         run_compare(options, open_engine, output, json_file)

@@ -13,6 +13,7 @@ from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.formats.metadata import QUANT_METHOD, LinearSite, QuantizationMetadata, SiteName
 from resq_vllm.formats.plan import LinearPlan
 from resq_vllm.log import log_once
+from resq_vllm.spinning import shorten_spinning
 from resq_vllm.vllm_api import QuantizationConfig, current_platform, get_tensor_model_parallel_rank
 
 if TYPE_CHECKING:
@@ -84,8 +85,13 @@ class ResQConfig(QuantizationConfig):
         return cls(QuantizationMetadata.from_dict(config, "config.json quantization_config"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Check, in the front end, that kernels exist here and that the metadata fits the model's config.json."""
+        """Check, in the front end, that kernels exist here and that the metadata fits the model's config.json.
+
+        Workers inherit the environment of the front end: what their threads read from it is set here.
+        """
         require_kernels()
+        if current_platform.is_cpu():
+            shorten_spinning()
         if hf_config is not None:
             check_model(self.metadata, hf_config, f"{model_name}/config.json")
 

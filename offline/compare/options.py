@@ -32,6 +32,7 @@ class CompareOptions(BaseModel):
         learning_rate: first step size of trained rotations.
         high_fraction: share of the channels that ResQ keeps in 8 bits.
         kv_bits: of ResQ's KV cache, one for all layers or one a layer.
+        trust_remote_code: let the tokenizer run code from the model's folder.
 
     """
 
@@ -53,6 +54,7 @@ class CompareOptions(BaseModel):
     learning_rate: float = Field(default=1.5, gt=0)
     high_fraction: float = Field(default=0.125, ge=0, le=0.5)
     kv_bits: tuple[Literal[4, 8, 16], ...] = (4,)
+    trust_remote_code: bool = False
 
     @property
     def calibration_text(self) -> str:

@@ -86,7 +86,9 @@ def _without_quantization_config(model: Any) -> Any:
     return model
 
 
-def vllm_lm(directory: Path, tensor_parallel: int = 1, enforce_eager: bool = False) -> Any:
+def vllm_lm(
+    directory: Path, tensor_parallel: int = 1, enforce_eager: bool = False, trust_remote_code: bool = False
+) -> Any:
     """The checkpoint in ``directory`` as lm-eval's vLLM model; raises ResQError when vLLM is not installed."""
     options = machine_options(tensor_parallel)
     try:
@@ -100,5 +102,6 @@ def vllm_lm(directory: Path, tensor_parallel: int = 1, enforce_eager: bool = Fal
         tensor_parallel_size=tensor_parallel,
         enforce_eager=enforce_eager,
         batch_size="auto",
+        trust_remote_code=trust_remote_code,
         **options,
     )

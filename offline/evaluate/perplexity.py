@@ -115,6 +115,7 @@ def evaluate_perplexity(
     tensor_parallel: int = 1,
     enforce_eager: bool = True,
     kv_cache_bytes: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Perplexity:
     """Perplexity of the model in ``directory``, plain or ResQ.
 
@@ -129,13 +130,14 @@ def evaluate_perplexity(
         tensor_parallel: vllm engine: ranks.
         enforce_eager: vllm engine: no compilation.
         kv_cache_bytes: vllm engine: size of the KV cache per rank; None = vLLM's default.
+        trust_remote_code: let the tokenizer run code from the folder.
 
     """
     # Imported here: building models and starting vLLM are heavy, and arithmetic on likelihoods needs neither.
     from offline.evaluate.reference_model import load_reference_model
     from offline.evaluate.vllm_engine import vllm_nll
 
-    sequences = model_sequences(directory, load_dataset(dataset), seqlen, limit)
+    sequences = model_sequences(directory, load_dataset(dataset), seqlen, limit, trust_remote_code)
     if engine == "vllm":
         nll = vllm_nll(directory, sequences, tensor_parallel, enforce_eager, kv_cache_bytes, progress)
         return perplexity(nll, sequences)

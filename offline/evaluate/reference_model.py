@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from offline.evaluate.fake_quant import FakeQuantCache, FakeQuantLinear, attach_cache, register_attention
-from offline.pack.expected import TRANSFORMERS_ERRORS, UNPACKED_KV_BITS, reason
+from offline.pack.expected import UNPACKED_KV_BITS
 from offline.pack.reader import ResQCheckpoint, is_resq_checkpoint
+from offline.transformers_errors import TRANSFORMERS_ERRORS, reason
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
 

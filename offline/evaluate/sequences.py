@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from offline.evaluate.dataset import Dataset, Protocol
-from offline.pack.expected import TRANSFORMERS_ERRORS, reason
+from offline.models.tokenizer import load_tokenizer
+from offline.transformers_errors import TRANSFORMERS_ERRORS, reason
 from resq_vllm.errors import ResQError
 
 DEFAULT_SEQLEN = 2048
@@ -37,16 +38,6 @@ class Sequences:
     @property
     def predicted_tokens(self) -> int:
         return sum(len(ids) - 1 for ids in self.ids)
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The model's tokenizer. Raises ResQError when the folder holds none."""
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except TRANSFORMERS_ERRORS as error:
-        raise ResQError(
-            f"cannot load a tokenizer from {directory} ({reason(error)}); copy the model's tokenizer files there"
-        ) from error
 
 
 def context_length(directory: Path) -> int:
@@ -109,11 +100,15 @@ def token_sequences(
 
 
 def model_sequences(
-    directory: Path, dataset: Dataset, seqlen: int | None = None, limit: int | None = None
+    directory: Path,
+    dataset: Dataset,
+    seqlen: int | None = None,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Sequences:
     """:func:`token_sequences` with the tokenizer and context length of the model in ``directory``."""
     context = context_length(directory)
-    return tokenizer_sequences(load_tokenizer(directory), dataset, context, seqlen, limit)
+    return tokenizer_sequences(load_tokenizer(directory, trust_remote_code), dataset, context, seqlen, limit)
 
 
 def tokenizer_sequences(

@@ -80,6 +80,8 @@ def vllm_nll(
         enforce_eager=enforce_eager,
         max_model_len=longest + 1,
         enable_prefix_caching=False,
+        # Token ids go in and likelihoods come out.
+        skip_tokenizer_init=True,
         seed=0,
         **options,
     )

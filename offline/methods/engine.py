@@ -139,7 +139,7 @@ def open_engine(
     known |= chosen_ablations(named, settings)
     chosen_methods(options.methods, known)
     source = ModelSource.open(model)
-    tokenizer = source.tokenizer(False)
+    tokenizer = source.tokenizer(options.trust_remote_code)
     context = int(getattr(source.config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
     texts = evaluation_sequences(options, tokenizer, context)
     seqlen = min(options.seqlen, context)

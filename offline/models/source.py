@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from offline.finite import all_finite
 from offline.models.adapter import ModelAdapter
 from offline.models.registry import adapter_class
 from offline.models.shards import ShardReader
+from offline.models.tokenizer import load_tokenizer
 from resq_vllm.errors import ResQError
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -159,15 +160,8 @@ class ModelSource:
         return self.tensor(self.adapter.embedding if self.adapter.tied else self.adapter.lm_head, dtype)
 
     def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; ``trust_remote_code`` lets one that brings its own Python code run it.
-
-        Raises ResQError when the folder has none that transformers can load.
-        """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ResQError(f"{self.folder}: the tokenizer cannot be loaded ({reason}); add its files to it") from error
+        """The model's tokenizer (:func:`offline.models.tokenizer.load_tokenizer`)."""
+        return load_tokenizer(self.folder, trust_remote_code)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of config.json, all tensor names, shapes and dtypes, and the first and last layer's weights.

@@ -5,23 +5,16 @@ from __future__ import annotations
 import copy
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from offline.pack.names import key_rotation_name, site_of
 from offline.pack.tensors import TensorSpec, linear_specs
+from offline.transformers_errors import TRANSFORMERS_ERRORS, reason
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LM_HEAD, LinearSite, QuantizationMetadata
 
 UNPACKED_KV_BITS = 16
-# What transformers raises for files that it cannot make a model of: its readers share no error class.
-TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
-
-
-def reason(error: Exception) -> str:
-    """An exception's text on one line, for the sentence of a ResQError."""
-    return " ".join(str(error).split())[:300]
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,17 +14,16 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from offline.pack.expected import (
-    TRANSFORMERS_ERRORS,
     attention_names,
     expected_tensors,
     meta_model,
     plain_config,
     quantized_linears,
-    reason,
 )
 from offline.pack.names import BASIS_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, key_rotation_name
 from offline.pack.tensors import TensorSpec, linear_from_tensors
 from offline.quantize.mixed import QuantizedLinear
+from offline.transformers_errors import TRANSFORMERS_ERRORS, reason
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite, QuantizationMetadata
 from resq_vllm.formats.plan import linear_plan

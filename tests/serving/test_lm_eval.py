@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.environment import vllm_environment
 from offline.evaluate.reference_model import load_reference_model
-from offline.evaluate.sequences import load_tokenizer
 from offline.evaluate.tasks import load_tasks
+from offline.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.serving
 

@@ -11,7 +11,7 @@ from benchmarks.client import connect, served_name
 from benchmarks.server import VLLMServer
 from offline.bundled import HELDOUT_TEXT
 from offline.evaluate.reference_model import load_reference_model
-from offline.evaluate.sequences import load_tokenizer
+from offline.models.tokenizer import load_tokenizer
 from tests.serving.support import counter, greedy, greedy_at_once, passages, perplexity, served_perplexity
 
 pytestmark = pytest.mark.serving

@@ -9,7 +9,7 @@ import pytest
 from offline.bundled import MODEL_DIR
 from offline.compare.options import CompareOptions
 from offline.compare.texts import MAIN, evaluation_sequences
-from offline.evaluate.sequences import load_tokenizer
+from offline.models.tokenizer import load_tokenizer
 from resq_vllm.errors import ResQError
 
 

@@ -14,7 +14,8 @@ from offline.bundled import MODEL_DIR
 from offline.evaluate.harness import CausalModel, torch_lm
 from offline.evaluate.perplexity import sequence_nll
 from offline.evaluate.reference_model import load_reference_model
-from offline.evaluate.sequences import Sequences, load_tokenizer
+from offline.evaluate.sequences import Sequences
+from offline.models.tokenizer import load_tokenizer
 
 PROMPT = "def add(a, b):\n    return"
 

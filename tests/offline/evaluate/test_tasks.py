@@ -14,8 +14,8 @@ import pytest
 from offline.bundled import MODEL_DIR
 from offline.evaluate.naive import load_naive_model
 from offline.evaluate.reference_model import load_reference_model
-from offline.evaluate.sequences import load_tokenizer
 from offline.evaluate.tasks import SETS, TaskSet, figure, load_tasks
+from offline.models.tokenizer import load_tokenizer
 from resq_vllm.errors import ResQError
 
 DATA = Path(__file__).parent / "data"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from offline.models.source import ModelSource
 from resq_vllm.errors import ResQError
-from tests.offline.models.tiny import save_tiny, tiny_tokenizer
+from tests.offline.models.tiny import save_tiny
 
 Q_WEIGHT = "model.layers.1.self_attn.q_proj.weight"
 
@@ -220,29 +220,3 @@ def test_shape_that_is_not_the_configs(llama: Path) -> None:
 def test_weight_that_is_not_finite(llama: Path, bad: float) -> None:
     edit(llama, lambda t: t[Q_WEIGHT][3].fill_(bad))
     refused(llama, Q_WEIGHT, "NaN or Inf", read=True)
-
-
-def test_tokenizer_with_code_of_its_own_runs_only_when_trusted(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(llama / "modules"))
-    marker = llama / "ran"
-    (llama / "own.py").write_text(
-        "from pathlib import Path\n"
-        f"Path({str(marker)!r}).touch()\n"
-        "from transformers import PreTrainedTokenizerFast\n\n\n"
-        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
-    )
-    tiny_tokenizer().save_pretrained(llama)
-    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
-    path = llama / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    with pytest.raises(ResQError, match="tokenizer cannot be loaded") as caught:
-        ModelSource.open(llama).tokenizer()
-    assert "\n" not in str(caught.value)
-    assert not marker.exists()
-    ModelSource.open(llama).tokenizer(trust_remote_code=True)
-    assert marker.exists()
-
-
-def test_folder_without_tokenizer(llama: Path) -> None:
-    with pytest.raises(ResQError, match="tokenizer cannot be loaded"):
-        ModelSource.open(llama).tokenizer()
