@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 from resq_vllm.log import log_once
 
-# 0.2 ms (Zen 4) to 0.5 ms (Intel, whose pause instruction takes longer): the gaps between the loops of a step are
-# shorter, the one between two steps is longer.
-SPINS = 10_000
+# 0.4 ms (Zen 4) to 1 ms (Intel, whose pause instruction takes longer): between two layers' loops they wait for up to
+# 0.4 ms, as Python finds the caches full of weights, and between two steps for more.
+SPINS = 20_000
 SPIN_VARIABLE, POLICY_VARIABLE, BINDING_VARIABLE = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND"
 
 
