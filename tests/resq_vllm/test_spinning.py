@@ -68,22 +68,24 @@ loop = lambda: x.add_(1)  # large enough for two threads
 loop()
 clocks = lambda: (time.process_time(), time.thread_time())
 busy = 0.0
-for _ in range(100):
+for _ in range(50):
     loop()
     all_before, own_before = clocks()
-    time.sleep(0.004)
+    time.sleep(0.02)
     all_after, own_after = clocks()
     busy += (all_after - all_before) - (own_after - own_before)
-print(busy / 100)
+print(busy / 50)
 """
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="with one core there is one thread")
 def test_libgomp_reads_the_variable() -> None:
-    """Seconds that a second thread spins in a pause of 4 ms: next to none by this setting, most of it otherwise."""
+    """Seconds that a second thread spins in a pause of 20 ms: next to none by this setting; otherwise all of it, or the
+    share that other work on its core leaves it.
+    """
     spun = {}
     for rounds in (SPINS, 100_000_000):
         environment = os.environ | {SPIN_VARIABLE: str(rounds)}
         command = [sys.executable, "-c", IDLE]
         spun[rounds] = float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
-    assert spun[SPINS] < 0.0016 < 0.0025 < spun[100_000_000]
+    assert spun[SPINS] < 0.0016 < 0.005 < spun[100_000_000]
