@@ -78,6 +78,12 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "kv_write_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor(b!) out, "
       "Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor? rotation, float scale, "
       "int high, int low_bits, int sliding_window) -> ()");
+  m.def("rope(Tensor(a!) x, Tensor positions, Tensor cos_sin_cache, int heads) -> ()");
+  m.def(
+      "decoder_layers(Tensor qkv, Tensor residual, Tensor positions, Tensor cos_sin_cache, Tensor?[] weights, "
+      "float[] epsilons, Tensor(a!)[] kv_caches, Tensor?[] rotations, float[] scales, int[] layouts, "
+      "Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int query_heads) -> "
+      "(Tensor, Tensor)");
   m.def("prefer_huge_pages(Tensor x) -> ()");
   m.def("attention_kernels(str dtype, int head_dim, int high, int low_bits) -> str");
   m.def("isa() -> str");
@@ -98,6 +104,8 @@ STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("kv_write", TORCH_BOX(&resq::kv_write));
   m.impl("attention", TORCH_BOX(&resq::attention));
   m.impl("kv_write_attention", TORCH_BOX(&resq::kv_write_attention));
+  m.impl("rope", TORCH_BOX(&resq::rope));
+  m.impl("decoder_layers", TORCH_BOX(&resq::decoder_layers));
   m.impl("prefer_huge_pages", TORCH_BOX(static_cast<void (*)(const resq::Tensor&)>(&resq::prefer_huge_pages)));
 }
 

@@ -188,7 +188,8 @@ class ResQAttentionImpl(AttentionImpl):
         self.kernels = kernels()
         self._known_cache = 0  # address of the cache that has been prepared
 
-    def _prepare(self, kv_cache: torch.Tensor) -> None:
+    def prepare(self, kv_cache: torch.Tensor) -> None:
+        """Called before a cache is used; what a new one needs is done once."""
         if kv_cache.numel() and kv_cache.data_ptr() != self._known_cache:
             self._known_cache = kv_cache.data_ptr()
             self.kernels.prepare(kv_cache)
@@ -202,7 +203,7 @@ class ResQAttentionImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Pack the new tokens. key, value [T, Hkv, hd] (after RoPE); kv_cache uint8 [blocks, Hkv, N, C]."""
-        self._prepare(kv_cache)
+        self.prepare(kv_cache)
         self.kernels.write(key, value, kv_cache, slot_mapping, layer.key_rotation, self.layout)
 
     def forward(
@@ -226,9 +227,9 @@ class ResQAttentionImpl(AttentionImpl):
             raise ResQError("attention over the packed KV cache cannot quantize its output; disable that fusion pass")
         if attn_metadata is None:
             # vLLM's memory profiling, when no cache is bound yet, and its warm-up.
-            self._prepare(kv_cache)
+            self.prepare(kv_cache)
             return output.fill_(0)
-        self._prepare(kv_cache)
+        self.prepare(kv_cache)
         of_layer = layer.key_rotation, self.scale, self.heads, self.sliding_window
         self.kernels.forward(query, key, value, kv_cache, output, attn_metadata, *of_layer)
         return output

@@ -88,7 +88,7 @@ def _silu_linear_fake(
 # The last layer's arguments come last.
 @torch.library.register_fake("resq::decoder_mlp")
 @torch.library.register_fake("resq::between_attentions")
-def _decoder_fake(
+def decoder_fake(
     x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor | float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scales = rest[-5]

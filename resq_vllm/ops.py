@@ -253,6 +253,15 @@ def kv_write_attention(
     )
 
 
+def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, heads: int) -> None:
+    """Rotary embedding, in place, of the first ``heads`` heads of every row of x [T, ...]; ``reference.rope`` is its
+    specification.
+
+    positions int64 [T]; cos_sin_cache [positions, hd] of x's dtype. Raises RuntimeError with one sentence on bad input.
+    """
+    torch.ops.resq.rope.default(x, positions, cos_sin_cache, heads)
+
+
 # --- shapes for torch.compile -----------------------------------------------------------------------------------------
 @torch.library.register_fake("resq::linear")
 def _linear_fake(

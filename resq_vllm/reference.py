@@ -96,6 +96,19 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.div(row, 1 + torch.exp(-row)).to(gate.dtype) * up
 
 
+def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rotary embedding of the first ``heads`` heads of every row of x [T, ...], halves of a head turning together.
+
+    positions int64 [T]; cos_sin_cache [positions, hd] of x's dtype, cosines then sines. Products of 16-bit values are
+    exact in float32, so only the sum and the result are rounded.
+    """
+    width = heads * cos_sin_cache.shape[1]
+    cos, sin = cos_sin_cache[positions].float()[:, None].chunk(2, dim=-1)
+    first, second = x[:, :width].unflatten(1, (heads, -1)).float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(1)
+    return torch.cat((turned.to(x.dtype), x[:, width:]), dim=-1)
+
+
 def quantize_activation(x: torch.Tensor, plan: LinearPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Online Hadamard, then per-token quantization by activation group.
 

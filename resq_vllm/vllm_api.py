@@ -34,6 +34,7 @@ SYMBOLS: dict[str, str] = {
     "CompilationMode": "vllm.config",
     "InductorPass": "vllm.compilation.passes.inductor_pass",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
+    "LayerNameType": "vllm.utils.torch_utils",
     "LinearBase": "vllm.model_executor.layers.linear",
     "LinearMethodBase": "vllm.model_executor.layers.linear",
     "ModelWeightParameter": "vllm.model_executor.parameter",
@@ -47,14 +48,17 @@ SYMBOLS: dict[str, str] = {
     "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding",
     "current_platform": "vllm.platforms",
     "extract_layer_index": "vllm.model_executor.models.utils",
+    "get_attention_context": "vllm.model_executor.layers.attention.attention",
     "get_current_vllm_config": "vllm.config",
     "get_layers_from_vllm_config": "vllm.config",
     "get_tensor_model_parallel_rank": "vllm.distributed",
     "get_tensor_model_parallel_world_size": "vllm.distributed",
+    "has_kv_transfer_group": "vllm.distributed.kv_transfer",
     "register_quantization_config": "vllm.model_executor.layers.quantization",
     "register_weight_loader_v2_supported_method": "vllm.model_executor.layers.linear",
     "set_weight_attrs": "vllm.model_executor.utils",
     "split_decodes_and_prefills": "vllm.v1.attention.backends.utils",
+    "unified_attention_with_output": "vllm.model_executor.layers.attention.attention",
 }
 
 

@@ -119,6 +119,15 @@ struct HadamardRowsArgs {
   HadamardArgs hadamard;
 };
 
+// The first `heads` heads of every token's row, turned by its position.
+struct RopeArgs {
+  void* x;
+  DType dtype;  // of x and cos_sin
+  int64_t token_stride, heads, head_dim;
+  const void* cos_sin;  // [positions, head_dim]: cosines of half a head, then sines
+  const int64_t* positions;
+};
+
 // The packed KV page (resq_vllm/formats/kv_layout.py): plane offsets in bytes.
 struct PageLayout {
   int64_t head_dim, low, high, low_padded, high_padded, low_bits, parts;
@@ -190,6 +199,7 @@ struct Kernels {
   const float* (*float_rows_input)(const FloatRowsArgs&);
   void (*float_rows)(const FloatRowsArgs&, const float* x, int64_t begin, int64_t end);
   // Tokens [begin, end).
+  void (*rope)(const RopeArgs&, int64_t begin, int64_t end);
   void (*kv_write)(const KVWriteArgs&, int64_t begin, int64_t end);
   void (*attention)(const AttentionArgs&, const AttentionTask&);
   void (*attention_merge)(const AttentionArgs&, const AttentionMerge&);

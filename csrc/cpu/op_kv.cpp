@@ -8,6 +8,7 @@
 #include "attention_kernels.h"
 #include "attention_tasks.h"
 #include "isa.h"
+#include "kv.h"
 #include "tensors.h"
 
 namespace resq {
@@ -71,9 +72,17 @@ const float* rotation_data(const std::optional<Tensor>& rotation, int64_t head_d
   return static_cast<const float*>(rotation->const_data_ptr());
 }
 
-void check_heads(const Tensor& t, const char* name) {
+// [tokens, heads, head_dim] of a tensor.
+HeadRows heads_of(const Tensor& t, const char* name) {
   check(t.dim() == 3 && (t.size(2) == 1 || t.stride(2) == 1),
         [&] { return std::string(name) + " must have shape [tokens, heads, head_dim] with contiguous heads"; });
+  return {const_cast<void*>(t.const_data_ptr()), float_dtype(t, name), t.size(0), t.size(1), t.size(2), t.stride(0),
+          t.stride(1)};
+}
+
+void check_like(const HeadRows& t, const HeadRows& like, const char* name, const char* what) {
+  check(t.tokens == like.tokens && t.heads == like.heads && t.head_dim == like.head_dim,
+        [&] { return std::string(name) + " must have " + what + "'s shape"; });
 }
 
 // Tokens that fill a tile of a page together are written tile by tile, the others one by one.
@@ -114,32 +123,32 @@ void write_tokens(KVWriteArgs& args, int64_t tokens) {
   });
 }
 
-KVWriteArgs check_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
+KVWriteArgs check_write(const HeadRows& key, const HeadRows& value, const Tensor& kv_cache, const Tensor& slot_mapping,
                         const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
-  check_heads(key, "key");
-  check_heads(value, "value");
   KVWriteArgs args{};
-  args.page = check_cache(kv_cache, key.size(2), high, low_bits);
-  args.dtype = float_dtype(key, "key");
-  check(value.scalar_type() == key.scalar_type(), "value must have key's dtype");
-  check_shape(key, {key.size(0), kv_cache.size(1), key.size(2)}, "key");
-  check_shape(value, {key.size(0), key.size(1), key.size(2)}, "value");
+  args.page = check_cache(kv_cache, key.head_dim, high, low_bits);
+  args.dtype = key.dtype;
+  check(value.dtype == key.dtype, "value must have key's dtype");
+  check(key.heads == kv_cache.size(1), [&] {
+    return "key has " + std::to_string(key.heads) + " heads, but the cache has " + std::to_string(kv_cache.size(1));
+  });
+  check_like(value, key, "value", "key");
   check_dtype(slot_mapping, ScalarType::Long, "slot_mapping", "int64");
-  check(slot_mapping.dim() == 1 && slot_mapping.size(0) <= key.size(0),
+  check(slot_mapping.dim() == 1 && slot_mapping.size(0) <= key.tokens,
         "slot_mapping must be one-dimensional and no longer than key");
   check_contiguous(slot_mapping, "slot_mapping");
-  args.rotation = rotation_data(rotation, key.size(2));
-  args.key = key.const_data_ptr();
-  args.value = value.const_data_ptr();
-  args.key_token_stride = key.stride(0);
-  args.key_head_stride = key.stride(1);
-  args.value_token_stride = value.stride(0);
-  args.value_head_stride = value.stride(1);
+  args.rotation = rotation_data(rotation, key.head_dim);
+  args.key = key.data;
+  args.value = value.data;
+  args.key_token_stride = key.token_stride;
+  args.key_head_stride = key.head_stride;
+  args.value_token_stride = value.token_stride;
+  args.value_head_stride = value.head_stride;
   args.cache = static_cast<uint8_t*>(kv_cache.mutable_data_ptr());
   args.block_stride = kv_cache.stride(0);
   args.head_stride = kv_cache.stride(1);
   args.slots = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
-  args.heads = key.size(1);
+  args.heads = key.heads;
   const int64_t tokens = slot_mapping.size(0), slots = kv_cache.size(0) * args.page.tokens;
   for (int64_t t = 0; t < tokens; ++t)
     check(args.slots[t] < slots, [&] {
@@ -154,17 +163,15 @@ struct AttentionCall {
   AttentionBatch batch;
 };
 
-AttentionCall check_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out,
+AttentionCall check_attention(const HeadRows& query, const Tensor& kv_cache, const HeadRows& out,
                               const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
                               const std::optional<Tensor>& rotation, double scale, int64_t high, int64_t low_bits,
                               int64_t sliding_window) {
-  check_heads(query, "query");
-  check_heads(out, "out");
-  check_shape(out, {query.size(0), query.size(1), query.size(2)}, "out");
+  check_like(out, query, "out", "query");
   AttentionArgs args{};
-  args.page = check_cache(kv_cache, query.size(2), high, low_bits);
-  check(query.size(1) % kv_cache.size(1) == 0, [&] {
-    return "query's " + std::to_string(query.size(1)) + " heads are no multiple of the cache's " +
+  args.page = check_cache(kv_cache, query.head_dim, high, low_bits);
+  check(query.heads % kv_cache.size(1) == 0, [&] {
+    return "query's " + std::to_string(query.heads) + " heads are no multiple of the cache's " +
            std::to_string(kv_cache.size(1)) + " kv heads";
   });
   check_dtype(block_table, ScalarType::Int, "block_table", "int32");
@@ -178,22 +185,22 @@ AttentionCall check_attention(const Tensor& query, const Tensor& kv_cache, const
             seq_lens.is_contiguous(),
         "query_start_loc must hold one more entry than seq_lens, both contiguous");
   check(sliding_window == -1 || sliding_window > 0, "sliding_window must be positive, or -1 for none");
-  args.query = query.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.query_dtype = float_dtype(query, "query");
-  args.out_dtype = float_dtype(out, "out");
-  args.query_token_stride = query.stride(0);
-  args.query_head_stride = query.stride(1);
-  args.out_token_stride = out.stride(0);
-  args.out_head_stride = out.stride(1);
+  args.query = query.data;
+  args.out = out.data;
+  args.query_dtype = query.dtype;
+  args.out_dtype = out.dtype;
+  args.query_token_stride = query.token_stride;
+  args.query_head_stride = query.head_stride;
+  args.out_token_stride = out.token_stride;
+  args.out_head_stride = out.head_stride;
   args.cache = static_cast<const uint8_t*>(kv_cache.const_data_ptr());
   args.block_stride = kv_cache.stride(0);
   args.head_stride = kv_cache.stride(1);
   args.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
   args.block_table_stride = block_table.stride(0);
-  args.rotation = rotation_data(rotation, query.size(2));
+  args.rotation = rotation_data(rotation, query.head_dim);
   args.scale = static_cast<float>(scale);
-  args.group = query.size(1) / kv_cache.size(1);
+  args.group = query.heads / kv_cache.size(1);
   args.window = sliding_window;
 
   AttentionBatch batch{};
@@ -201,7 +208,7 @@ AttentionCall check_attention(const Tensor& query, const Tensor& kv_cache, const
   batch.kv_heads = kv_cache.size(1);
   batch.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   batch.query_start_loc = static_cast<const int32_t*>(query_start_loc.const_data_ptr());
-  const int64_t tokens = query.size(0), table_blocks = block_table.size(1), cache_blocks = kv_cache.size(0);
+  const int64_t tokens = query.tokens, table_blocks = block_table.size(1), cache_blocks = kv_cache.size(0);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t first = batch.query_start_loc[s], end = batch.query_start_loc[s + 1], length = batch.seq_lens[s];
     const auto name = [&] { return "sequence " + std::to_string(s); };
@@ -245,22 +252,22 @@ bool write_their_own(const AttentionCall& call, const KVWriteArgs& writes, int64
 
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
               const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
-  KVWriteArgs args = check_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits);
+  KVWriteArgs args = check_write(heads_of(key, "key"), heads_of(value, "value"), kv_cache, slot_mapping, rotation, high, low_bits);
   write_tokens(args, slot_mapping.size(0));
 }
 
 void attention(const Tensor& query, const Tensor& kv_cache, const Tensor& out, const Tensor& block_table,
                const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
                double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
-  const AttentionCall call = check_attention(query, kv_cache, out, block_table, seq_lens, query_start_loc, rotation,
-                                             scale, high, low_bits, sliding_window);
+  const AttentionCall call = check_attention(heads_of(query, "query"), kv_cache, heads_of(out, "out"), block_table,
+                                             seq_lens, query_start_loc, rotation, scale, high, low_bits, sliding_window);
   run_attention(call.args, call.batch);
 }
 
-void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-                        const Tensor& out, const Tensor& slot_mapping, const Tensor& block_table,
-                        const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
-                        double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
+void write_and_attend(const HeadRows& query, const HeadRows& key, const HeadRows& value, const Tensor& kv_cache,
+                      const HeadRows& out, const Tensor& slot_mapping, const Tensor& block_table,
+                      const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+                      double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
   KVWriteArgs writes = check_write(key, value, kv_cache, slot_mapping, rotation, high, low_bits);
   AttentionCall call = check_attention(query, kv_cache, out, block_table, seq_lens, query_start_loc, rotation, scale,
                                        high, low_bits, sliding_window);
@@ -271,6 +278,15 @@ void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& va
     write_tokens(writes, tokens);
   }
   run_attention(call.args, call.batch);
+}
+
+void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                        const Tensor& out, const Tensor& slot_mapping, const Tensor& block_table,
+                        const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& rotation,
+                        double scale, int64_t high, int64_t low_bits, int64_t sliding_window) {
+  write_and_attend(heads_of(query, "query"), heads_of(key, "key"), heads_of(value, "value"), kv_cache,
+                   heads_of(out, "out"), slot_mapping, block_table, seq_lens, query_start_loc, rotation, scale, high,
+                   low_bits, sliding_window);
 }
 
 std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits) {

@@ -333,3 +333,31 @@ def test_missing_vllm_is_one_sentence() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "vLLM is not installed: install vLLM 0.32 or 0.33" in done.stdout
+
+
+def test_attention_by_name_as_the_decoder_op_calls_it() -> None:
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    found = inspect.getsource(vllm_api.get_attention_context)
+    assert "return attn_metadata, attn_layer, kv_cache, layer_slot_mapping" in found
+    op = vllm_api.unified_attention_with_output
+    assert parameters(op)[:5] == ["query", "key", "value", "output", "layer_name"]
+    assert "_resolve_layer_name(layer_name)" in inspect.getsource(op)  # a plain name will do
+    # With torch before 2.11 names are strings.
+    name = _encode_layer_name("a.b")
+    assert isinstance(name, vllm_api.LayerNameType)
+    assert (name if isinstance(name, str) else name.value) == "a.b"
+
+
+def test_kv_connectors_are_served_layer_by_layer_in_the_attention_op() -> None:
+    from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
+
+    assert "has_kv_transfer_group()" in inspect.getsource(maybe_transfer_kv_layer)
+    assert vllm_api.has_kv_transfer_group() is False
+
+
+def test_rotary_embedding_turns_halves_by_a_cache_of_cosines_and_sines() -> None:
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    names = ["positions", "query", "key", "head_size", "rotary_dim", "cos_sin_cache", "is_neox_style"]
+    assert parameters(RotaryEmbedding.forward_static) == names

@@ -5,13 +5,14 @@
 #include "float_rows.h"
 #include "gemm_int8.h"
 #include "kv_write.h"
+#include "rope.h"
 
 namespace resq {
 namespace {
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,       quantize_units,  linear_superblocks, abreast,         kLeastPanelRows,  hadamard_rows,
-          float_rows_input, float_rows, kv_write_tokens, attention_float, merge_shares};
+          float_rows_input, float_rows, rope_tokens, kv_write_tokens, attention_float, merge_shares};
 }
 
 }  // namespace
