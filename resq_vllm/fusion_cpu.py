@@ -2,13 +2,14 @@
 
 Otherwise inductor makes kernels of their own of them, and Python calls each: a tenth of a decode step and, with 2048
 prompt tokens in a batch, a fifth of the time. From one attention to the next all is one op, ``between_attentions`` (o,
-gate_up, down, the next layer's qkv). Where something stands in between, such as an all-reduce or a low-rank correction,
-the parts that still match are fused one by one. The graphs are those of vllm/ir/ops/layernorm.py and
-SiluAndMul.forward_native.
+gate_up, down, the next layer's qkv), and :mod:`resq_vllm.fusion_decoder` joins those with the attentions between them.
+Where something else stands in between, such as an all-reduce or a low-rank correction, the parts that still match are
+fused one by one. The graphs are those of vllm/ir/ops/layernorm.py and SiluAndMul.forward_native.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ class FuseDecoder(CustomGraphPass):
 
     def uuid(self) -> str:
         """What the compilation caches of inductor and vLLM know this pass by (vLLM's hash takes no bytes)."""
-        return get_hash_for_files((__file__, fusion_decoder.__file__)).hex()
+        return get_hash_for_files((__file__, fusion_decoder.__file__, inspect.getfile(calls))).hex()
 
 
 # Nodes and their arguments are Any below: torch.fx types an argument as everything that it may be.
