@@ -173,9 +173,7 @@ def _decoder_fake(
     cos_sin_cache: torch.Tensor,
     ids: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | None],
-    epsilons: Sequence[float],
-    query_heads: int,
-    kv_heads: int,
+    *rest: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return fused_linear.decoder_fake(residual, residual, *weights)
 
