@@ -1,9 +1,9 @@
 """A stack of decoder layers as one op of vLLM's CPU graphs: attention by attention, with what lies between.
 
-``resq::decoder`` asks vLLM for the batch once and hands all layers to ``torch.ops.resq.decoder_layers``; where they do
-not share one batch of the packed cache (profiling, no cache yet, a 16-bit cache or another window in some layers, a KV
-connector), it calls vLLM's attention layer by layer, as the graph did before. :mod:`resq_vllm.fusion_decoder` puts the
-op into the graph.
+``resq::decoder`` asks vLLM for the batch once and hands all layers to ``torch.ops.resq.decoder_layers``. Where they do
+not share one batch of the packed cache (profiling, no cache yet, a 16-bit cache or a batch of their own in some
+layers, a KV connector), it calls vLLM's attention layer by layer, as the graph did before.
+:mod:`resq_vllm.fusion_decoder` puts the op into the graph.
 """
 
 # No "from __future__ import annotations": torch reads the ops' schemas from the types below.
@@ -51,16 +51,7 @@ def _id(name: LayerNameType) -> int:
     return known
 
 
-def _layer_ids_fake(
-    a: LayerNameType,
-    b: LayerNameType,
-    c: LayerNameType,
-    d: LayerNameType,
-    e: LayerNameType,
-    f: LayerNameType,
-    g: LayerNameType,
-    h: LayerNameType,
-) -> torch.Tensor:
+def _layer_ids_fake(*names: LayerNameType) -> torch.Tensor:
     return torch.empty(NAMES_AT_ONCE, dtype=torch.int64)
 
 

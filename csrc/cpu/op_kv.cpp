@@ -252,7 +252,8 @@ bool write_their_own(const AttentionCall& call, const KVWriteArgs& writes, int64
 
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
               const std::optional<Tensor>& rotation, int64_t high, int64_t low_bits) {
-  KVWriteArgs args = check_write(heads_of(key, "key"), heads_of(value, "value"), kv_cache, slot_mapping, rotation, high, low_bits);
+  KVWriteArgs args =
+      check_write(heads_of(key, "key"), heads_of(value, "value"), kv_cache, slot_mapping, rotation, high, low_bits);
   write_tokens(args, slot_mapping.size(0));
 }
 

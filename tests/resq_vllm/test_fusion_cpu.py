@@ -52,8 +52,8 @@ def decoder(x: torch.Tensor, reduce: Linear = lambda y: y) -> torch.Tensor:
     return add_norm(reduce(y), residual, WEIGHT, EPSILON)[0]
 
 
-def compiled(function: Linear, x: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """The names of our ops after the pass, in order, and the result."""
+def compiled(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    """The names of our ops after the pass, in order, then "attention" for each of vLLM's; and the result."""
     names: list[str] = []
 
     class Recorded(fusion_cpu.FuseDecoder):
@@ -61,13 +61,19 @@ def compiled(function: Linear, x: torch.Tensor) -> tuple[list[str], torch.Tensor
             super().__call__(graph)
             graph.lint()
             names.extend(str(node.target).split(".")[1] for node in graph.nodes if "resq." in str(node.target))
+            names.extend("attention" for node in graph.nodes if "auto_functionalized" in str(node.target))
 
         def uuid(self) -> str:
             return ""
 
     torch.compiler.reset()
-    options: dict[str, Any] = {fusion_cpu.OPTION: Recorded(), "fx_graph_cache": False}
-    return names, torch.compile(function, fullgraph=True, options=options)(x)
+    # The second one as vLLM sets it.
+    options: dict[str, Any] = {
+        fusion_cpu.OPTION: Recorded(),
+        "enable_auto_functionalized_v2": False,
+        "fx_graph_cache": False,
+    }
+    return names, torch.compile(function, fullgraph=True, options=options)(*inputs)
 
 
 def hidden(rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

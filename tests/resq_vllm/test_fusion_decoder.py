@@ -7,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import Graph
-from vllm import ir
 from vllm.forward_context import ForwardContext, override_forward_context
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.utils.torch_utils import _encode_layer_name
 
-from resq_vllm import fusion_cpu
 from tests.csrc.decoder_stack import EPSILON, HEAD_DIM, HEADS, KV_HEADS, Stack
 from tests.csrc.support import assert_identical
 from tests.resq_vllm.test_decoder import attention_layers, metadata
-
-norm = ir.ops.rms_norm.impls["native"].impl_fn
-add_norm = ir.ops.fused_add_rms_norm.impls["native"].impl_fn
-silu_mul = SiluAndMul.forward_native
+from tests.resq_vllm.test_fusion_cpu import add_norm, compiled, norm, silu_mul
 
 STARTS, LENS = [0, 1, 20], [40, 19]
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -81,30 +74,6 @@ def model(
     return forward
 
 
-def compiled(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """The names of the ops of ours and of vLLM's attention after the pass, in order, and the result."""
-    names: list[str] = []
-
-    class Recorded(fusion_cpu.FuseDecoder):
-        def __call__(self, graph: Graph) -> None:
-            super().__call__(graph)
-            graph.lint()
-            names.extend(str(node.target).split(".")[1] for node in graph.nodes if "resq." in str(node.target))
-            names.extend("attention" for node in graph.nodes if "auto_functionalized" in str(node.target))
-
-        def uuid(self) -> str:
-            return ""
-
-    torch.compiler.reset()
-    # The second one as vLLM sets it.
-    options: dict[str, Any] = {
-        fusion_cpu.OPTION: Recorded(),
-        "enable_auto_functionalized_v2": False,
-        "fx_graph_cache": False,
-    }
-    return names, torch.compile(function, fullgraph=True, options=options)(*inputs)
-
-
 def inputs(stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
     return stack.residual, stack.positions
 
@@ -121,7 +90,7 @@ def test_a_model_is_one_op(stack: Stack, caches: list[torch.Tensor]) -> None:
     assert_identical(y, out + residual, "result")
 
 
-def test_any_number_of_tokens_is_the_same_graph(stack: Stack, caches: list[torch.Tensor]) -> None:
+def test_a_number_of_tokens_that_is_not_fixed_is_one_op_too(stack: Stack, caches: list[torch.Tensor]) -> None:
     function, (x, positions) = model(stack), inputs(stack)
     torch._dynamo.mark_dynamic(x, 0)
     torch._dynamo.mark_dynamic(positions, 0)
