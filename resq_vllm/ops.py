@@ -47,6 +47,8 @@ def isa() -> str:
 def set_isa(name: str) -> str:
     """Switch the whole process to kernels ``name`` ("" = the best this machine has); returns what runs now.
 
+    "avx512_vnni:in_order" and "avx512_vnni:side_by_side" choose how few tokens read weights as well, which otherwise
+    follows the processor's make: AMD's read one stretch fastest, Intel's four at once.
     For tests and measurements; not while an op runs. Raises ResQError as :func:`isa` does.
     """
     try:

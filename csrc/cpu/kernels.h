@@ -184,6 +184,10 @@ struct AttentionMerge {
   int64_t count;
 };
 
+// How few tokens read weights, which takes as long as the memory lets it. side_by_side: several stretches at once, each
+// line asked for 2 KiB ahead. in_order: one stretch, left to the processor's own prefetching.
+enum class Reading { side_by_side, in_order };
+
 struct Kernels {
   const char* name;
   // Units [begin, end) of rows x plan.blocks.
@@ -215,6 +219,7 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512InOrderKernels;
 extern const Kernels kAmxKernels;
 #endif
 

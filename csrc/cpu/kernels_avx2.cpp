@@ -16,7 +16,7 @@
 #include "simd/table.h"
 
 namespace resq {
-constexpr Kernels kAvx2Table = make_kernels("avx2");
+constexpr Kernels kAvx2Table = make_kernels<Reading::side_by_side>("avx2");
 const Kernels kAvx2Kernels = kAvx2Table;
 }  // namespace resq
 #if defined(__clang__)

@@ -17,7 +17,7 @@
 #include "simd/table.h"
 
 namespace resq {
-constexpr Kernels kAvx2VnniTable = make_kernels("avx2_vnni");
+constexpr Kernels kAvx2VnniTable = make_kernels<Reading::side_by_side>("avx2_vnni");
 const Kernels kAvx2VnniKernels = kAvx2VnniTable;
 }  // namespace resq
 #if defined(__clang__)

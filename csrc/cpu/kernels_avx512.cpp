@@ -20,8 +20,9 @@
 #include "simd/table.h"
 
 namespace resq {
-constexpr Kernels kAvx512Table = make_kernels("avx512_vnni");
+constexpr Kernels kAvx512Table = make_kernels<Reading::side_by_side>("avx512_vnni");
 const Kernels kAvx512Kernels = kAvx512Table;
+const Kernels kAvx512InOrderKernels = make_kernels<Reading::in_order>("avx512_vnni");
 
 constexpr Kernels with_tiles(Kernels table) {
   table.name = "amx_int8";

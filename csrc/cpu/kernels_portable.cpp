@@ -6,6 +6,6 @@
 #include "simd/table.h"
 
 namespace resq {
-constexpr Kernels kPortableTable = make_kernels("portable");
+constexpr Kernels kPortableTable = make_kernels<Reading::side_by_side>("portable");
 const Kernels kPortableKernels = kPortableTable;
 }  // namespace resq

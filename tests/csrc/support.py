@@ -16,18 +16,21 @@ from resq_vllm.formats.weights import pack_int4
 from resq_vllm.hadamard import hadamard_matrix
 
 
-def _machine_isas() -> list[str]:
-    names = []
-    for name in ("amx_int8", "avx512_vnni", "avx2_vnni", "avx2", "portable"):
+def _of_this_machine(*names: str) -> list[str]:
+    found = []
+    for name in names:
         try:
-            names.append(ops.set_isa(name))
+            ops.set_isa(name)
         except ResQError:
             continue
+        found.append(name)
     ops.set_isa("")
-    return names
+    return found
 
 
-ISAS = _machine_isas()
+ISAS = _of_this_machine("amx_int8", "avx512_vnni", "avx2_vnni", "avx2", "portable")
+# How few tokens read weights depends on the processor's make; every machine tests both ways.
+READINGS = _of_this_machine("avx512_vnni:side_by_side", "avx512_vnni:in_order")
 
 
 @contextmanager

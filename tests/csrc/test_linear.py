@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from resq_vllm import ops, reference
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, Segment, linear_plan
-from tests.csrc.support import ISAS, Weights, assert_identical, generator, plan_arguments, running
+from tests.csrc.support import ISAS, READINGS, Weights, assert_identical, generator, plan_arguments, running
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,9 +63,10 @@ def _check(weights: Weights, x: torch.Tensor, bias: torch.Tensor | None = None) 
     plan = weights.plan
     codes, scale, zero = reference.quantize_activation(x, plan)
     expected = weights.reference(x, bias)
-    for isa in ISAS:
+    for isa in ISAS + READINGS:
         with running(isa):
-            assert_identical(ops.quantize_activation(x, *plan_arguments(plan)), (codes, scale, zero), isa)
+            if isa in ISAS:
+                assert_identical(ops.quantize_activation(x, *plan_arguments(plan)), (codes, scale, zero), isa)
             assert_identical(weights.apply(x, bias), expected, isa)
 
 

@@ -86,7 +86,7 @@ void multiply(const Product& p, const Unpacker& unpacker, int64_t half, uint8_t*
 
 void linear_tiles(const LinearArgs& args, int64_t superblock, int64_t superblock_end, int64_t begin, int64_t end) {
   if (end - begin < kTileFromRows) {
-    linear_superblocks(args, superblock, superblock_end, begin, end);
+    linear_superblocks<Reading::side_by_side>(args, superblock, superblock_end, begin, end);
     return;
   }
   const PlanView& plan = args.plan;

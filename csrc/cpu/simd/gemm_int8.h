@@ -21,7 +21,7 @@ RESQ_INLINE void fetch_words(const void* p, int64_t n) {
 }
 
 // MR rows from `row` on with S superblocks, whose n outputs begin at `column`.
-template <int MR, int S>
+template <Reading R, int MR, int S>
 void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column, int64_t n, const float* bias,
                  int64_t row, Ahead& next) {
   constexpr int64_t width = S * kSuperblock;
@@ -46,7 +46,7 @@ void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column,
       terms.scale[m] = args.scale[at];
     }
     terms.first = r == 0;
-    add_run<MR, S>(run, bits, weights + run.weight_at, plan.superblock_bytes,
+    add_run<R, MR, S>(run, bits, weights + run.weight_at, plan.superblock_bytes,
                    args.codes + row * args.code_stride + run.activation_at, args.code_stride, terms, next);
   }
   for (int64_t m = 0; m < MR; ++m) {
@@ -58,7 +58,7 @@ void linear_rows(const LinearArgs& args, const uint8_t* weights, int64_t column,
 }
 
 // Rows [begin, end) with S superblocks side by side; only few rows take more than one.
-template <int S>
+template <Reading R, int S>
 void linear_abreast(const LinearArgs& args, int64_t superblock, int64_t begin, int64_t end) {
   const uint8_t* weights = args.packed + superblock * args.plan.superblock_bytes;
   const int64_t column = superblock * kSuperblock, n = min(S * kSuperblock, args.n - column);
@@ -70,7 +70,7 @@ void linear_abreast(const LinearArgs& args, int64_t superblock, int64_t begin, i
   }
   Ahead next = ahead_of(args, superblock, end - begin);
   const auto rows_from = [&]<int MR>(int64_t row) {
-    if constexpr (S <= kAbreast<MR>) linear_rows<MR, S>(args, weights, column, n, bias, row, next);
+    if constexpr (S <= kAbreast<R, MR>) linear_rows<R, MR, S>(args, weights, column, n, bias, row, next);
   };
   for (int64_t row = begin; row < end;) {
     const int64_t blocks = (end - row + kMicroRows - 1) / kMicroRows;
@@ -91,28 +91,30 @@ void linear_abreast(const LinearArgs& args, int64_t superblock, int64_t begin, i
 constexpr int64_t kLeastPanelRows = 128;
 
 // Superblocks side by side for so many rows.
+template <Reading R>
 int64_t abreast(int64_t rows) {
   switch (rows) {
-    case 1: return kAbreast<1>;
-    case 2: return kAbreast<2>;
-    case 3: return kAbreast<3>;
+    case 1: return kAbreast<R, 1>;
+    case 2: return kAbreast<R, 2>;
+    case 3: return kAbreast<R, 3>;
     default: return 1;
   }
 }
 
+template <Reading R>
 void linear_superblocks(const LinearArgs& args, int64_t superblock, int64_t superblock_end, int64_t begin,
                         int64_t end) {
-  const int64_t most = abreast(end - begin);
+  const int64_t most = abreast<R>(end - begin);
   while (superblock < superblock_end) {
     const int64_t count = min(most, superblock_end - superblock);
     if (count >= 4) {
-      linear_abreast<4>(args, superblock, begin, end);
+      linear_abreast<R, 4>(args, superblock, begin, end);
       superblock += 4;
     } else if (count >= 2) {
-      linear_abreast<2>(args, superblock, begin, end);
+      linear_abreast<R, 2>(args, superblock, begin, end);
       superblock += 2;
     } else {
-      linear_abreast<1>(args, superblock++, begin, end);
+      linear_abreast<R, 1>(args, superblock++, begin, end);
     }
   }
   finish_writes(around_caches(args));

@@ -10,7 +10,7 @@ namespace resq {
 namespace {
 
 constexpr int kMicroRows = 6;
-template <int MR>
+template <Reading, int>
 constexpr int kAbreast = 1;
 
 RESQ_INLINE __m256i broadcast_word(const int8_t* p) {

@@ -16,24 +16,27 @@ RESQ_INLINE void dot(__m512i& acc, __m512i weight, const int8_t* activation) {
       : "v"(weight), "m"(*reinterpret_cast<const IntMem*>(activation)));
 }
 
-// Superblocks that MR rows read side by side. The processor's own prefetching follows a stream no further than its 4 KiB
-// page and keeps only so many lines of it under way: one core reads 17.0 GB/s from four streams, 15.6 from two and 13.6
-// from one (M = 1, 16384 x 2048, 2 MiB pages; two cores 33.5, 31.5 and 27).
-template <int MR>
-constexpr int kAbreast = MR == 1 ? 4 : MR <= 3 ? 2 : 1;
-
 // Bytes between a weight's prefetch and its use. More rows hide the wait.
 constexpr int64_t kPrefetch = 2048;
 constexpr int kPrefetchRows = 4;
+
+// Superblocks that MR rows read side by side. An Intel core's own prefetching follows a stream no further than its 4 KiB
+// page and keeps only so many lines of it under way: it reads 17.0 GB/s from four streams, 15.6 from two and 13.6 from
+// one (M = 1, 16384 x 2048, 2 MiB pages; two cores 33.5, 31.5 and 27). On a Zen 4 one stream without prefetches takes
+// 0.83 to 0.89 of the time of four with them, four without 0.87 to 0.92 (M = 1, a 1B model's layers; isa.cpp chooses).
+template <Reading R, int MR>
+constexpr int kAbreast = R == Reading::in_order ? 1 : MR == 1 ? 4 : MR <= 3 ? 2 : 1;
+template <Reading R, int MR>
+constexpr bool kAsks = R == Reading::side_by_side && MR <= kPrefetchRows;
 
 RESQ_INLINE void in_order() { asm volatile("" ::: "memory"); }
 
 // A vector of weights. A line is asked for after each one that is read, in this order: the compiler would gather the
 // prefetches of a group in front, where reads queue up behind them (16.8 instead of 18.4 GB/s in the loop alone).
-template <int MR>
+template <bool kAsk>
 RESQ_INLINE __m512i read_weights(const uint8_t* p) {
   const __m512i weights = _mm512_loadu_si512(p);
-  if (MR <= kPrefetchRows) {
+  if (kAsk) {
     in_order();
     _mm_prefetch(p + kPrefetch, _MM_HINT_T0);
     in_order();
@@ -74,7 +77,7 @@ RESQ_INLINE void add_terms(const RunTerms<MR>& terms, const __m512i (&acc)[MR][S
 // The terms of Σ over groups of 8 columns, weights as nibbles: 4 vectors of 16 outputs per group, byte 4c + j
 // of a vector holding column j of the group (low nibble) and column 4 + j (high nibble) for output c. S superblocks that
 // lie `stride` bytes apart.
-template <int MR, int S>
+template <int MR, int S, bool kAsk>
 __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups,
                                              const RunTerms<MR>& terms, int64_t stride, Ahead& next) {
   __m512i acc[MR][S][4];
@@ -92,7 +95,7 @@ __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, 
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
         if (MR > kPrefetchRows && c % (4 / kAheadSteps) == 0) ahead.step();
-        const __m512i both = read_weights<MR>(p + c * 64);
+        const __m512i both = read_weights<kAsk>(p + c * 64);
         const __m512i low = _mm512_and_si512(both, mask);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 #pragma GCC unroll 8
@@ -111,7 +114,7 @@ __attribute__((noinline)) void micro_nibbles(const uint8_t* w, const int8_t* a, 
 }
 
 // The same with a byte per weight and groups of 4 columns.
-template <int MR, int S>
+template <int MR, int S, bool kAsk>
 __attribute__((noinline)) void micro_bytes(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups,
                                            const RunTerms<MR>& terms, int64_t stride, Ahead& next) {
   __m512i acc[MR][S][4];
@@ -128,7 +131,7 @@ __attribute__((noinline)) void micro_bytes(const uint8_t* w, const int8_t* a, in
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
         if (MR > kPrefetchRows && c % (4 / kAheadSteps) == 0) ahead.step();
-        const __m512i weight = read_weights<MR>(p + c * 64);
+        const __m512i weight = read_weights<kAsk>(p + c * 64);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) dot(acc[m][s][c], weight, q + m * lda);
       }

@@ -7,7 +7,7 @@ namespace resq {
 namespace {
 
 constexpr int kMicroRows = 6;
-template <int MR>
+template <Reading, int>
 constexpr int kAbreast = 1;
 
 template <int MR>

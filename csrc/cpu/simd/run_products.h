@@ -26,13 +26,13 @@ RESQ_INLINE Ahead ahead_of(const LinearArgs& args, int64_t superblock, int64_t r
 }
 
 // y (+)= the terms of MR rows `a` and S superblocks `w`, which lie `stride` bytes apart.
-template <int MR, int S>
+template <Reading R, int MR, int S>
 RESQ_INLINE void add_run(const RunPlace& run, int32_t, const uint8_t* w, int64_t stride, const int8_t* a, int64_t lda,
                          const RunTerms<MR>& terms, Ahead& next) {
   if (run.nibbles) {
-    micro_nibbles<MR, S>(w, a, lda, run.padded / 8, terms, stride, next);
+    micro_nibbles<MR, S, kAsks<R, MR>>(w, a, lda, run.padded / 8, terms, stride, next);
   } else {
-    micro_bytes<MR, S>(w, a, lda, run.padded / 4, terms, stride, next);
+    micro_bytes<MR, S, kAsks<R, MR>>(w, a, lda, run.padded / 4, terms, stride, next);
   }
 }
 #else
@@ -40,7 +40,7 @@ struct Ahead {};
 RESQ_INLINE Ahead ahead_of(const LinearArgs&, int64_t, int64_t) { return {}; }
 
 // The same with one superblock, the products passing through memory.
-template <int MR, int S>
+template <Reading, int MR, int S>
 void add_run(const RunPlace& run, int32_t act_bits, const uint8_t* w, int64_t, const int8_t* a, int64_t lda,
              const RunTerms<MR>& terms, Ahead&) {
   static_assert(S == 1);

@@ -10,9 +10,11 @@
 namespace resq {
 namespace {
 
+template <Reading R>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,       quantize_units,  linear_superblocks, abreast,         kLeastPanelRows,  hadamard_rows,
-          float_rows_input, float_rows, rope_tokens, kv_write_tokens, attention_float, merge_shares};
+  return {name,          quantize_units,   linear_superblocks<R>, abreast<R>,  kLeastPanelRows,
+          hadamard_rows, float_rows_input, float_rows,            rope_tokens, kv_write_tokens,
+          attention_float, merge_shares};
 }
 
 }  // namespace
