@@ -80,10 +80,12 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "int high, int low_bits, int sliding_window) -> ()");
   m.def("rope(Tensor(a!) x, Tensor positions, Tensor cos_sin_cache, int heads) -> ()");
   m.def(
-      "decoder_layers(Tensor qkv, Tensor residual, Tensor positions, Tensor cos_sin_cache, Tensor?[] weights, "
-      "float[] epsilons, Tensor(a!)[] kv_caches, Tensor?[] rotations, float[] scales, int[] layouts, "
-      "Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int query_heads) -> "
-      "(Tensor, Tensor)");
+      "decoder_stack(Tensor cos_sin_cache, Tensor?[] weights, float[] epsilons, Tensor[] kv_caches, "
+      "Tensor?[] rotations, float[] scales, int[] layouts, int query_heads) -> int");
+  m.def(
+      "run_decoder_stack(int stack, Tensor qkv, Tensor residual, Tensor positions, Tensor slot_mapping, "
+      "Tensor block_table, Tensor seq_lens, Tensor query_start_loc) -> (Tensor, Tensor)");
+  m.def("drop_decoder_stack(int stack) -> ()");
   m.def("prefer_huge_pages(Tensor x) -> ()");
   m.def("attention_kernels(str dtype, int head_dim, int high, int low_bits) -> str");
   m.def("isa() -> str");
@@ -105,12 +107,14 @@ STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
   m.impl("attention", TORCH_BOX(&resq::attention));
   m.impl("kv_write_attention", TORCH_BOX(&resq::kv_write_attention));
   m.impl("rope", TORCH_BOX(&resq::rope));
-  m.impl("decoder_layers", TORCH_BOX(&resq::decoder_layers));
+  m.impl("decoder_stack", TORCH_BOX(&resq::decoder_stack));
+  m.impl("run_decoder_stack", TORCH_BOX(&resq::run_decoder_stack));
   m.impl("prefer_huge_pages", TORCH_BOX(static_cast<void (*)(const resq::Tensor&)>(&resq::prefer_huge_pages)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {
   m.impl("attention_kernels", TORCH_BOX(&resq::attention_kernels));
+  m.impl("drop_decoder_stack", TORCH_BOX(&resq::drop_decoder_stack));
   m.impl("isa", TORCH_BOX(&resq::isa));
   m.impl("set_isa", TORCH_BOX(&resq::set_isa));
 }

@@ -84,15 +84,21 @@ void kv_write_attention(const Tensor& query, const Tensor& key, const Tensor& va
 // Rotary embedding, in place, of the first `heads` heads of every row of x [T, ...].
 void rope(const Tensor& x, const Tensor& positions, const Tensor& cos_sin_cache, int64_t heads);
 
-// Decoder layers from the first one's q, k, v to the last one's between_attentions or decoder_mlp, whose results it has.
+// Decoder layers from the first one's q, k, v to the last one's between_attentions or decoder_mlp: a number for them.
 // weights: the tensors of those, layer by layer; layouts: high, low_bits and sliding_window of every layer's cache.
-std::tuple<Tensor, Tensor> decoder_layers(const Tensor& qkv, const Tensor& residual, const Tensor& positions,
-                                          const Tensor& cos_sin_cache, std::vector<std::optional<Tensor>> weights,
-                                          std::vector<double> epsilons, std::vector<Tensor> kv_caches,
-                                          std::vector<std::optional<Tensor>> rotations, std::vector<double> scales,
-                                          std::vector<int64_t> layouts, const Tensor& slot_mapping,
-                                          const Tensor& block_table, const Tensor& seq_lens,
-                                          const Tensor& query_start_loc, int64_t query_heads);
+int64_t decoder_stack(const Tensor& cos_sin_cache, std::vector<std::optional<Tensor>> weights,
+                      std::vector<double> epsilons, std::vector<Tensor> kv_caches,
+                      std::vector<std::optional<Tensor>> rotations, std::vector<double> scales,
+                      std::vector<int64_t> layouts, int64_t query_heads);
+
+// The results of its last layer; writes to its caches.
+std::tuple<Tensor, Tensor> run_decoder_stack(int64_t stack, const Tensor& qkv, const Tensor& residual,
+                                             const Tensor& positions, const Tensor& slot_mapping,
+                                             const Tensor& block_table, const Tensor& seq_lens,
+                                             const Tensor& query_start_loc);
+
+// Lets go of the tensors. Its number may be unknown.
+void drop_decoder_stack(int64_t stack);
 
 // Which kernels attend for a model of `dtype` ("bfloat16", "float16" or "float32"), in words.
 std::string attention_kernels(std::string dtype, int64_t head_dim, int64_t high, int64_t low_bits);

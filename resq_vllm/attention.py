@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -32,6 +32,9 @@ from resq_vllm.vllm_api import (
     VllmConfig,
     get_layers_from_vllm_config,
 )
+
+if TYPE_CHECKING:
+    from resq_vllm.decoder_stack import DecoderStack
 
 
 class ResQAttentionBackend(AttentionBackend):
@@ -187,6 +190,7 @@ class ResQAttentionImpl(AttentionImpl):
         self.heads = Heads(self.num_heads, self.num_kv_heads, self.layout)
         self.kernels = kernels()
         self._known_cache = 0  # address of the cache that has been prepared
+        self.stack: DecoderStack | None = None  # of the layers that begin with this one (resq_vllm/decoder.py)
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
         """Called before a cache is used; what a new one needs is done once."""

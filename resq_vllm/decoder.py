@@ -1,8 +1,8 @@
 """A stack of decoder layers as one op of vLLM's CPU graphs: attention by attention, with what lies between.
 
-``resq::decoder`` asks vLLM for the batch once and hands all layers to ``torch.ops.resq.decoder_layers``. Where they do
-not share one batch of the packed cache (profiling, no cache yet, a 16-bit cache or a batch of their own in some
-layers, a KV connector), it calls vLLM's attention layer by layer, as the graph did before.
+``resq::decoder`` asks vLLM for the batch once and hands it to the layers' :class:`DecoderStack`. Where they do not
+share one batch of the packed cache (profiling, no cache yet, a 16-bit cache or a batch of their own in some layers, a
+KV connector), it calls vLLM's attention layer by layer, as the graph did before.
 :mod:`resq_vllm.fusion_decoder` puts the op into the graph.
 """
 
@@ -15,6 +15,7 @@ import torch
 
 from resq_vllm import fused_linear, ops, vllm_api
 from resq_vllm.attention import ResQAttentionImpl, ResQMetadata
+from resq_vllm.decoder_stack import DecoderStack
 from resq_vllm.log import log_once
 from resq_vllm.vllm_api import LayerNameType
 
@@ -95,32 +96,20 @@ def decoder(
                 "ResQ: attention is called layer by layer, since the layers do not share one batch of the packed cache",
             )
         return layer_by_layer(qkv, residual, positions, cos_sin_cache, names, weights, epsilons, query_heads, kv_heads)
-    caches, rotations, scales = [], [], []
-    layouts: list[int] = []
-    for _, layer, cache, _ in contexts:
-        impl = layer.impl
-        impl.prepare(cache)
-        caches.append(cache)
-        rotations.append(layer.key_rotation)
-        scales.append(impl.scale)
-        layouts += (impl.layout.high, impl.layout.low_bits, impl.sliding_window)
-    return torch.ops.resq.decoder_layers.default(
-        qkv,
-        residual,
-        positions,
-        cos_sin_cache,
-        weights,
-        epsilons,
-        caches,
-        rotations,
-        scales,
-        layouts,
-        batch.slot_mapping,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        query_heads,
-    )
+    caches = [c[2] for c in contexts]
+    rotations = [c[1].key_rotation for c in contexts]
+    # Kept by the first layer, so that weights and caches are let go with the model.
+    first = contexts[0][1].impl
+    stack = first.stack
+    if stack is None or not stack.has(cos_sin_cache, weights, caches, rotations):
+        impls = [c[1].impl for c in contexts]
+        for impl, cache in zip(impls, caches, strict=True):
+            impl.prepare(cache)
+        layouts = [n for i in impls for n in (i.layout.high, i.layout.low_bits, i.sliding_window)]
+        tensors = cos_sin_cache, weights, caches, rotations
+        first.stack = stack = DecoderStack(*tensors, epsilons, [i.scale for i in impls], layouts, query_heads)
+    tables = batch.block_table, batch.seq_lens, batch.query_start_loc
+    return stack(qkv, residual, positions, batch.slot_mapping, *tables)
 
 
 def _packed(contexts: Sequence[tuple[Any, ...]], batch: ResQMetadata) -> bool:

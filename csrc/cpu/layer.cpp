@@ -53,23 +53,31 @@ QuantizeArgs quantize_args(const Rows& rows, const LinearPlan& plan, const std::
 namespace {
 
 // The plan whose superblocks fill `packed`: the width of the low weights is not an argument, but it shows in the size.
-const LinearPlan& plan_of(const Layer& layer) {
+std::shared_ptr<const LinearPlan> plan_of(const Layer& layer) {
   const auto& [packed, scales, wsum, bias, n, words, count, hadamard_k] = layer;
+  check(n > 0, "n must be positive");
+  check_dtype(packed, ScalarType::Byte, "packed", "uint8");
+  check_dtype(scales, ScalarType::Float, "scales", "float32");
+  check_dtype(wsum, ScalarType::Int, "wsum", "int32");
+  check_contiguous(packed, "packed");
+  check_contiguous(scales, "scales");
+  check_contiguous(wsum, "wsum");
   const int64_t superblocks = (n + kSuperblock - 1) / kSuperblock, bytes = packed.numel();
-  const LinearPlan& nibbles = cached_plan(words, count, 4);
-  const int64_t expected = superblocks * nibbles.superblock_bytes;
+  std::shared_ptr<const LinearPlan> nibbles = cached_plan(words, count, 4);
+  const int64_t expected = superblocks * nibbles->superblock_bytes;
   if (bytes == expected) return nibbles;
-  const LinearPlan& plan = cached_plan(words, count, 8);
-  if (bytes != superblocks * plan.superblock_bytes)
+  std::shared_ptr<const LinearPlan> plan = cached_plan(words, count, 8);
+  if (bytes != superblocks * plan->superblock_bytes)
     check(false, "packed holds " + std::to_string(bytes) + " bytes, but these segments and n = " + std::to_string(n) +
                      " need " + std::to_string(expected) + " (or " +
-                     std::to_string(superblocks * plan.superblock_bytes) +
+                     std::to_string(superblocks * plan->superblock_bytes) +
                      " at 8 bit); pack the weight with the same arguments");
   return plan;
 }
 
-// before's tensors, rows by rows.
-BeforeArgs before_args(const BeforeLayer& before, const Rows& rows, const Tensor& x, const LinearPlan& plan) {
+}  // namespace
+
+BeforeArgs before_args(const BeforeLayer& before, int64_t rows, int64_t columns, const Tensor& x) {
   BeforeArgs args{};
   args.kind = before.kind;
   if (before.kind != Before::rms_norm) return args;
@@ -78,20 +86,18 @@ BeforeArgs before_args(const BeforeLayer& before, const Rows& rows, const Tensor
     check_contiguous(t, name);
   };
   like_x(*before.weight, "the norm's weight");
-  check_shape(*before.weight, {plan.columns}, "the norm's weight");
+  check_shape(*before.weight, {columns}, "the norm's weight");
   args.weight = before.weight->const_data_ptr();
   args.epsilon = static_cast<float>(before.epsilon);
   if (!before.residual) return args;
   like_x(*before.residual, "residual");
-  if (before.residual->numel() != rows.count * plan.columns)
+  if (before.residual->numel() != rows * columns)
     check(false, "residual must have x's shape " + shape_of(x) + ", not " + shape_of(*before.residual));
   args.residual = before.residual->const_data_ptr();
   args.residual_out = before.residual_out->mutable_data_ptr();
-  args.residual_stride = args.residual_out_stride = plan.columns;
+  args.residual_stride = args.residual_out_stride = columns;
   return args;
 }
-
-}  // namespace
 
 Layer planned_layer(const Tensor& packed, const Tensor& scales, const Tensor& wsum, const std::optional<Tensor>& bias,
                     const Tensor& plan, const std::optional<Tensor>& hadamard_k) {
@@ -102,44 +108,53 @@ Layer planned_layer(const Tensor& packed, const Tensor& scales, const Tensor& ws
           hadamard_k};
 }
 
-Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before, const Tensor* into) {
+CheckedLayer check_layer(const Layer& layer) {
   const auto& [packed, scales, wsum, bias, n, words, count, hadamard_k] = layer;
-  check(n > 0, "n must be positive");
-  check_dtype(packed, ScalarType::Byte, "packed", "uint8");
-  check_dtype(scales, ScalarType::Float, "scales", "float32");
-  check_dtype(wsum, ScalarType::Int, "wsum", "int32");
-  check_contiguous(packed, "packed");
-  check_contiguous(scales, "scales");
-  check_contiguous(wsum, "wsum");
-  const LinearPlan& plan = plan_of(layer);
+  CheckedLayer checked{plan_of(layer), {}, {}};
+  const LinearPlan& plan = *checked.plan;
   check_shape(scales, {plan.scale_rows, n}, "scales");
   check_shape(wsum, {static_cast<int64_t>(plan.runs.size()), n}, "wsum");
-  const int64_t width = before.kind == Before::silu_mul ? 2 * plan.columns : plan.columns;
-  const Rows rows = rows_of(x, width, "x");
-
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  Tensor out = into ? *into : torch::stable::new_empty(x, shape);
-
-  LinearArgs args{};
+  LinearArgs& args = checked.linear;
   if (bias) {
     check_shape(*bias, {n}, "bias");
     check_contiguous(*bias, "bias");
     args.bias = bias->const_data_ptr();
     args.bias_dtype = float_dtype(*bias, "bias");
   }
-  if (rows.count == 0) return out;
   args.plan = plan.view();
   args.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   args.weight_scale = static_cast<const float*>(scales.const_data_ptr());
   args.weight_sum = static_cast<const int32_t*>(wsum.const_data_ptr());
   args.n = n;
-  args.out = out.mutable_data_ptr();
-  args.out_dtype = rows.dtype;
-  args.out_stride = n;
-  QuantizeArgs quantize = quantize_args(rows, plan, hadamard_k);
-  quantize.before = before_args(before, rows, x, plan);
-  run_linear(quantize, args, rows.count);
+  checked.hadamard = hadamard_args(plan.hadamard_groups, hadamard_k, plan.columns);
+  return checked;
+}
+
+void run_rows(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out) {
+  if (x.count == 0) return;
+  QuantizeArgs quantize{};
+  quantize.x = x.data;
+  quantize.dtype = x.dtype;
+  quantize.row_stride = x.stride;
+  quantize.before = before;
+  quantize.plan = layer.linear.plan;
+  quantize.hadamard = layer.hadamard;
+  LinearArgs args = layer.linear;
+  args.out = out;
+  args.out_dtype = x.dtype;
+  args.out_stride = args.n;
+  run_linear(quantize, args, x.count);
+}
+
+Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before) {
+  const CheckedLayer checked = check_layer(layer);
+  const int64_t columns = checked.plan->columns;
+  const Rows rows = rows_of(x, before.kind == Before::silu_mul ? 2 * columns : columns, "x");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = layer.n;
+  Tensor out = torch::stable::new_empty(x, shape);
+  run_rows(checked, {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.stride},
+           before_args(before, rows.count, columns, x), out.mutable_data_ptr());
   return out;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -37,6 +38,24 @@ struct Layer {
 Layer planned_layer(const Tensor& packed, const Tensor& scales, const Tensor& wsum, const std::optional<Tensor>& bias,
                     const Tensor& plan, const std::optional<Tensor>& hadamard_k);
 
+// A layer whose tensors were checked, as kernels take it: all but its input and output. Valid while the tensors live.
+struct CheckedLayer {
+  std::shared_ptr<const LinearPlan> plan;
+  LinearArgs linear;
+  HadamardArgs hadamard;
+};
+CheckedLayer check_layer(const Layer& layer);
+
+// y [rows, n] of rows of x, one after the other at `out`.
+struct RowsAt {
+  const void* data;
+  DType dtype;
+  int64_t count, stride;
+};
+void run_rows(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out);
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // What happens to x first. For RMSNorm: weight [K] and, where there is one, the residual stream, shaped like x, whose
 // sum with x goes to residual_out.
 struct BeforeLayer {
@@ -47,7 +66,10 @@ struct BeforeLayer {
   Tensor* residual_out = nullptr;
 };
 
-// y [..., n] of x [..., K] ([..., 2K] before SiLU·mul), into the contiguous tensor `into` where one is given.
-Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before = {}, const Tensor* into = nullptr);
+// The same as kernels take it, for `rows` rows of `columns` like x.
+BeforeArgs before_args(const BeforeLayer& before, int64_t rows, int64_t columns, const Tensor& x);
+
+// y [..., n] of x [..., K] ([..., 2K] before SiLU·mul).
+Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before = {});
 
 }  // namespace resq

@@ -24,6 +24,7 @@ constexpr int64_t kThreadBytes = 64 << 10;
 constexpr int64_t kStreamBytes = 1 << 20;
 // Wider ones where a task reads its codes anew, more than stay in a cache: × 1.03 at 256 rows of 8192 columns.
 constexpr int64_t kTasksPerThread = 8, kWideTasksPerThread = 4;
+constexpr int64_t kReadingRows = 3;   // rows that take as long as reading the weights
 constexpr int64_t kRowTile = 6;       // rows of a micro-kernel
 constexpr int64_t kPanelTile = 32;    // rows of a pair of tiles
 constexpr int64_t kRowPadding = 15;   // rows that tiles read past the last one, whatever they hold
@@ -83,7 +84,7 @@ void run_rows(const QuantizeArgs& q, const LinearArgs& l, int64_t rows, int64_t 
   share_out(units, share_of(units, tasks), [&](int64_t begin, int64_t end) { k.quantize(q, begin, end); });
 
   const int64_t superblocks = (l.n + kSuperblock - 1) / kSuperblock;
-  if (k.abreast(rows) > 1) {  // read in order, as many side by side as is fastest
+  if (rows <= kReadingRows) {  // read in order, as many side by side as is fastest
     const int64_t share = std::max<int64_t>(1, kThreadBytes / l.plan.superblock_bytes);
     const auto nothing = [](bool) { return 0; };
     share_streams(superblocks, share, std::max(share, k.abreast(rows)), nothing,

@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, std::vec
                                                        std::vector<int64_t> group_bits, int64_t hadamard_groups,
                                                        const std::optional<Tensor>& hadamard_k) {
   const std::vector<int64_t> words = plan_words(segments, group_bits, hadamard_groups, 0);
-  const LinearPlan& plan = cached_plan(words.data(), static_cast<int64_t>(words.size()), 4);
+  const auto kept = cached_plan(words.data(), static_cast<int64_t>(words.size()), 4);
+  const LinearPlan& plan = *kept;
   check(x.dim() == 2, "x must have shape [M, K], not " + shape_of(x));
   const Rows rows = rows_of(x, plan.columns, "x");
   const int64_t groups = static_cast<int64_t>(plan.group_bits.size());

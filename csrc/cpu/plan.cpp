@@ -131,7 +131,7 @@ namespace {
 struct CachedPlan {
   std::vector<int64_t> words;
   int low_bits;
-  LinearPlan plan;
+  std::shared_ptr<const LinearPlan> plan;
 
   bool is(const int64_t* other, int64_t count, int bits) const {
     return low_bits == bits && static_cast<int64_t>(words.size()) == count &&
@@ -160,22 +160,21 @@ std::vector<int64_t> plan_words(const std::vector<int64_t>& segments, const std:
   return words;
 }
 
-const LinearPlan& cached_plan(const int64_t* words, int64_t count, int low_bits) {
-  static thread_local std::vector<std::unique_ptr<CachedPlan>> cache;
+std::shared_ptr<const LinearPlan> cached_plan(const int64_t* words, int64_t count, int low_bits) {
+  static thread_local std::vector<CachedPlan> cache;
   static thread_local size_t oldest = 0;
-  for (const auto& entry : cache)
-    if (entry->is(words, count, low_bits)) return entry->plan;
+  for (const CachedPlan& entry : cache)
+    if (entry.is(words, count, low_bits)) return entry.plan;
   std::vector<int64_t> own(words, words + count);
-  LinearPlan plan = plan_of_words(own, low_bits);
-  auto made = std::make_unique<CachedPlan>(CachedPlan{std::move(own), low_bits, std::move(plan)});
+  auto plan = std::make_shared<const LinearPlan>(plan_of_words(own, low_bits));
+  CachedPlan made{std::move(own), low_bits, plan};
   if (cache.size() < kCachedPlans) {
     cache.push_back(std::move(made));
-    return cache.back()->plan;
+  } else {
+    cache[oldest] = std::move(made);
+    oldest = (oldest + 1) % kCachedPlans;
   }
-  cache[oldest] = std::move(made);
-  const LinearPlan& kept = cache[oldest]->plan;
-  oldest = (oldest + 1) % kCachedPlans;
-  return kept;
+  return plan;
 }
 
 PlanView LinearPlan::view() const {

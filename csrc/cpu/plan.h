@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -34,8 +35,8 @@ LinearPlan make_plan(const std::vector<int64_t>& segments, const std::vector<int
 std::vector<int64_t> plan_words(const std::vector<int64_t>& segments, const std::vector<int64_t>& group_bits,
                                 int64_t hadamard_groups, int64_t weight_group);
 
-// make_plan's result for `count` words from the calling thread's cache, so that a decode step builds none: valid until
-// the thread's next call. The cache is bounded; a model has a handful of plans.
-const LinearPlan& cached_plan(const int64_t* words, int64_t count, int low_bits);
+// make_plan's result for `count` words from the calling thread's cache, so that a decode step builds none. The cache is
+// bounded; a model has a handful of plans.
+std::shared_ptr<const LinearPlan> cached_plan(const int64_t* words, int64_t count, int low_bits);
 
 }  // namespace resq

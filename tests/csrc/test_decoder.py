@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resq_vllm import ops, reference
+from resq_vllm.decoder_stack import DecoderStack
 from tests.csrc.decoder_stack import Stack, cos_sin_cache
 from tests.csrc.support import ISAS, assert_identical, generator, running
 
@@ -65,8 +66,12 @@ def test_rope_names_bad_arguments(changed: dict[str, Any], sentence: str) -> Non
         ops.rope(**arguments)
 
 
+BATCH = ("qkv", "residual", "positions", "slot_mapping", "block_table", "seq_lens", "query_start_loc")
+
+
 def together(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.resq.decoder_layers.default(**arguments)
+    batch = {name: arguments.pop(name) for name in BATCH}
+    return DecoderStack(**arguments)(**batch)
 
 
 # A step of three sequences, one sequence alone, a prompt with a step of another sequence, and a batch without tokens.
@@ -107,10 +112,14 @@ def test_padding_after_the_batch_changes_nothing() -> None:
         ({"kv_caches": lambda c: []}, "as many layers as there are kv_caches"),
         ({"kv_caches": lambda c: [c[0], c[1][:, :1]]}, "key has 2 heads, but the cache has 1"),
         ({"positions": lambda p: p + 96}, "positions names"),
-        ({"query_heads": lambda h: 5}, "columns, not"),
-        ({"query_heads": lambda h: 50}, "too few for 52 heads"),
-        ({"residual": lambda r: r[:1]}, "residual must have x's shape"),
-        ({"cos_sin_cache": lambda c: c.float()}, "cos_sin_cache must have x's dtype"),
+        ({"qkv": lambda x: x[:, 1:]}, r"qkv must have shape \[tokens, 256\] with contiguous rows, not \[2, 255\]"),
+        ({"query_heads": lambda h: 50}, "o's input of layer 0 has 128 columns, not 1600"),
+        ({"residual": lambda r: r[:1]}, r"residual must have shape \[2, 128\], not \[1, 128\]"),
+        ({"residual": lambda r: r.half()}, "residual must have qkv's dtype"),
+        ({"cos_sin_cache": lambda c: c.float()}, "the norm's weight must have cos_sin_cache's dtype"),
+        ({"qkv": lambda x: x.float()}, "cos_sin_cache must have qkv's dtype"),
+        ({"weights": lambda w: [*w[:7], *w[13:19], *w[13:]]}, "gate_up's input of layer 0 has 256 columns, not 128"),
+        ({"weights": lambda w: [*w[:7], *w[20:26], *w[13:]]}, "gate_up has 256 outputs, not twice down's 256"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], sentence: str) -> None:
@@ -120,3 +129,35 @@ def test_bad_arguments_are_named(changes: dict[str, Any], sentence: str) -> None
         arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=sentence):
         together(**arguments)
+
+
+def test_a_stack_is_kept_from_step_to_step_and_sees_new_memory_of_its_tensors() -> None:
+    stack = Stack(torch.bfloat16, [0, 1, 2], [5, 20], [-1, -1])
+    arguments = stack.arguments(stack.caches())
+    batch = {name: arguments.pop(name) for name in BATCH}
+    kept = DecoderStack(**arguments)
+    first = kept(**batch)
+    assert_identical(kept(**batch), first, "again")
+    for tensor in (t for t in arguments["weights"] if t is not None and t.dtype == torch.bfloat16):
+        tensor.data = tensor.data * 2
+    changed = kept(**batch)
+    assert not torch.equal(changed[0], first[0])
+    assert_identical(changed, DecoderStack(**arguments)(**batch), "anew")
+
+
+def test_a_stack_that_is_gone_lets_go_of_its_tensors() -> None:
+    stack = Stack(torch.bfloat16, [0, 1], [5], [-1])
+    arguments = stack.arguments(stack.caches())
+    for name in BATCH:
+        arguments.pop(name)
+    packed = arguments["weights"][0]
+    before = torch._C._storage_Use_Count(packed.untyped_storage()._cdata)
+    kept = DecoderStack(**arguments)
+    tensors = [arguments["cos_sin_cache"], *arguments["weights"], *arguments["kv_caches"], *arguments["rotations"]]
+    assert len(tensors) == 1 + 19 + 1 + 1
+    own = [arguments[name] for name in ("cos_sin_cache", "weights", "kv_caches", "rotations")]
+    assert kept.has(*own)
+    assert not kept.has(arguments["cos_sin_cache"].clone(), *own[1:])
+    assert not kept.has(own[0], own[1][:-1], *own[2:])
+    del kept
+    assert torch._C._storage_Use_Count(packed.untyped_storage()._cdata) == before

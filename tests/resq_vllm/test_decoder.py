@@ -139,3 +139,19 @@ def test_a_name_keeps_its_number() -> None:
     assert len(set(first.tolist())) == 8
     assert decoder.layer_ids(*(f"a.{i}" for i in range(8))).tolist() == first.tolist()
     assert decoder.layer_ids(*["a.3"] * 8).tolist() == [first[3]] * 8
+
+
+def test_a_stack_is_kept_by_its_first_layer_until_a_tensor_is_another(stack: Stack, calls: Calls) -> None:
+    layers = list(calls.layers.values())
+    expected = calls.run()
+    kept = layers[0].impl.stack
+    assert kept is not None
+    assert_identical(calls.run(), expected, "again")
+    assert layers[0].impl.stack is kept
+    assert all(layer.impl.stack is None for layer in layers[1:])
+    old = layers[1].kv_cache.clone()
+    layers[1].kv_cache = torch.zeros_like(old)
+    calls.run()
+    assert layers[0].impl.stack is not kept
+    assert layers[1].kv_cache.any()
+    assert_identical(calls.caches[1], old, "the cache before")
