@@ -13,9 +13,11 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_process import answer_passes
 from benchmarks.process_memory import own_gib, resident_gib
 from benchmarks.scenarios import Cell, Measured
 from resq_vllm.memory import release_freed
@@ -91,16 +93,22 @@ class Engine:
         return Measured(time.perf_counter() - started, tuple(first), tuple(between))
 
 
-def main(spec_file: Path, answer_file: Path) -> None:
-    """Run the cells of the spec and write what was measured: {"cells": {key: figures}, "loaded_gib", "rss_gib"}."""
+def main(spec_file: Path, answer_file: Path, asked: Iterable[object] = (None,)) -> None:
+    """Run the cells of the spec, once for each of `asked`, and write what was measured: {"cells": {key: figures},
+    "loaded_gib", "rss_gib"}.
+    """
     spec = json.loads(spec_file.read_text())
     engine = Engine(spec)
     engine.run(Cell.from_dict(spec["warm_up"]))
     loaded = engine.loaded_gib()
     cells = [Cell.from_dict(data) for data in spec["cells"]]
-    figures = {cell.key: engine.run(cell).to_dict(cell) for cell in cells}
-    answer_file.write_text(json.dumps({"cells": figures, "loaded_gib": loaded, "rss_gib": resident_gib(os.getpid())}))
+
+    def one_pass() -> dict[str, Any]:
+        figures = {cell.key: engine.run(cell).to_dict(cell) for cell in cells}
+        return {"cells": figures, "loaded_gib": loaded, "rss_gib": resident_gib(os.getpid())}
+
+    answer_passes(asked, one_pass, answer_file)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin)

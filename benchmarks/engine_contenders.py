@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.dummy_model import Shape, write_models
+from benchmarks.engine_process import EngineError, EngineProcess
 from benchmarks.environment import vllm_environment
 from benchmarks.gguf_model import write_gguf
 from benchmarks.machine import usable_cores
@@ -22,15 +22,8 @@ from resq_vllm.errors import ResQError
 
 BASELINE = "bf16"
 WEIGHTLESS = "weightless"
-LOG_TAIL_LINES = 15
-# vLLM's start and warm-up, and some slow minute of a shared machine.
-PATIENCE_SECONDS = 3600
 WARM_UP = Cell(Scenario("warm-up", 64, 8), 1)
 _PAGE_TOKENS = 128
-
-
-class EngineError(RuntimeError):
-    """A contender cannot run here; the message says why, with the tail of its output where it was started."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +160,31 @@ def _environment(contender: EngineContender, setting: Setting) -> dict[str, str]
     return environment
 
 
+def start_engine(name: str, contender: EngineContender, setting: Setting, seed: int) -> EngineProcess:
+    """A process with one contender.
+
+    Raises:
+        EngineError: when this release cannot make its model.
+
+    """
+    model = prepare(contender, setting)
+    llama = contender.model == "gguf"
+    spec = llama_spec(setting, model, seed) if llama else engine_spec(contender, setting, model, seed)
+    module = "benchmarks.llama_child" if llama else "benchmarks.engine_child"
+    return EngineProcess(_command(module), spec, _environment(contender, setting), setting.folder / name)
+
+
+def _command(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _one_pass(engine: EngineProcess, contender: EngineContender, setting: Setting) -> dict[str, Any]:
+    measured = engine.one_pass()
+    return measured | {
+        "kv_tokens": _llama_kv_tokens(setting) if contender.model == "gguf" else parse_kv_tokens(engine.text)
+    }
+
+
 def run_engine(name: str, contender: EngineContender, setting: Setting, seed: int) -> dict[str, Any]:
     """One process: all cells of one contender. Returns {"cells": {key: figures}, "loaded_gib", "rss_gib", "kv_tokens"}:
     memory that was written until after the warm-up, freed memory given back, and all resident memory at the end.
@@ -175,37 +193,32 @@ def run_engine(name: str, contender: EngineContender, setting: Setting, seed: in
         EngineError: when the contender cannot run here.
 
     """
-    model = prepare(contender, setting)
-    llama = contender.model == "gguf"
-    spec = llama_spec(setting, model, seed) if llama else engine_spec(contender, setting, model, seed)
-    spec_file, answer, log = (setting.folder / f"{name}.{kind}" for kind in ("spec.json", "answer.json", "log"))
-    spec_file.write_text(json.dumps(spec))
-    answer.unlink(missing_ok=True)
-    module = "benchmarks.llama_child" if llama else "benchmarks.engine_child"
-    status = _run([sys.executable, "-m", module, str(spec_file), str(answer)], _environment(contender, setting), log)
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if status or not answer.exists():
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        tail = "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
-        raise EngineError(f"its process ended with {how}; the last lines of its output are:\n{tail}")
-    measured: dict[str, Any] = json.loads(answer.read_text())
-    return measured | {"kv_tokens": _llama_kv_tokens(setting) if llama else parse_kv_tokens(text)}
+    with start_engine(name, contender, setting, seed) as engine:
+        return _one_pass(engine, contender, setting)
 
 
-def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
-    with log.open("wb") as output:
-        # A group of its own, so that an interrupted benchmark leaves no engine behind.
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0
-        )
-        try:
-            return process.wait(PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(f"its process was still running after {PATIENCE_SECONDS} s") from error
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+class Together:
+    """Engines that stay loaded between their turns, for a machine whose speed drifts while one starts."""
+
+    # vLLM's processes look for work for a second after the last of it, and OpenMP's threads for milliseconds.
+    quiet_seconds = 2.0
+
+    def __init__(self) -> None:
+        self._engines: dict[str, EngineProcess] = {}
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self._engines.values():
+            engine.close(patience=0.0)
+
+    def run(self, name: str, contender: EngineContender, setting: Setting, seed: int) -> dict[str, Any]:
+        """run_engine in the contender's process, which is started at its first turn. Raises EngineError as it does."""
+        if name not in self._engines:
+            self._engines[name] = start_engine(name, contender, setting, seed)
+        time.sleep(self.quiet_seconds)
+        return _one_pass(self._engines[name], contender, setting)
 
 
 def _llama_kv_tokens(setting: Setting) -> int:

@@ -13,11 +13,13 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.engine_process import answer_passes
 from benchmarks.process_memory import resident_gib
 from benchmarks.scenarios import Cell, Measured
 
@@ -116,7 +118,7 @@ def run(llama: Llama, cell: Cell, vocabulary: int, numbers: random.Random) -> Me
     return Measured(seconds, tuple(first), tuple(between))
 
 
-def main(spec_file: Path, answer_file: Path) -> None:
+def main(spec_file: Path, answer_file: Path, asked: Iterable[object] = (None,)) -> None:
     """Run the cells of the spec and write what was measured, as benchmarks.engine_child does."""
     spec = json.loads(spec_file.read_text())
     sys.path[:0] = spec["python_path"]
@@ -126,9 +128,13 @@ def main(spec_file: Path, answer_file: Path) -> None:
     run(llama, Cell.from_dict(spec["warm_up"]), vocabulary, numbers)
     loaded = resident_gib(os.getpid())
     cells = [Cell.from_dict(data) for data in spec["cells"]]
-    figures = {cell.key: run(llama, cell, vocabulary, numbers).to_dict(cell) for cell in cells}
-    answer_file.write_text(json.dumps({"cells": figures, "loaded_gib": loaded, "rss_gib": resident_gib(os.getpid())}))
+
+    def one_pass() -> dict[str, Any]:
+        figures = {cell.key: run(llama, cell, vocabulary, numbers).to_dict(cell) for cell in cells}
+        return {"cells": figures, "loaded_gib": loaded, "rss_gib": resident_gib(os.getpid())}
+
+    answer_passes(asked, one_pass, answer_file)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin)

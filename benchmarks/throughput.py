@@ -1,7 +1,8 @@
 """`python -m benchmarks.throughput`: whole engines side by side: ours, stock vLLM in every quantization, llama.cpp.
 
 Models have random weights (`--load-format dummy`), which costs nothing to make and times the same kernels. A process a
-contender and round runs all scenarios (benchmarks.engine_child); contenders take turns, one process at a time.
+contender and round runs all scenarios (benchmarks.engine_child); contenders take turns, one process at a time. With
+`--together` a process serves all rounds, so turns are seconds apart: for a machine whose memory's speed drifts.
 `--vllm-bench` also runs the command `vllm bench throughput` itself for bf16 and resq (benchmarks.vllm_bench).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import signal
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +26,14 @@ from benchmarks.dummy_model import SHAPES
 from benchmarks.engine_contenders import (
     BASELINE,
     CONTENDERS,
-    EngineError,
+    EngineContender,
     Setting,
+    Together,
     require_package,
     run_engine,
     weightless_engine_gib,
 )
+from benchmarks.engine_process import EngineError
 from benchmarks.machine import machine
 from benchmarks.pairs import Comparison, turns
 from benchmarks.report import rounded, wide_console, write_report
@@ -38,6 +41,7 @@ from benchmarks.scenarios import SCENARIOS, STREAMS, Cell
 
 VOCABULARY = 32_000
 STOPPED = "stopped before its first round"
+TOGETHER = "All engines stay loaded and take turns every pass; needs the memory of all at once."
 # 65,536 prompt tokens: minutes for every contender and round.
 ONLY_ON_REQUEST = ("long", 16)
 
@@ -76,16 +80,28 @@ def chosen_contenders(names: Sequence[str] | None) -> list[str]:
 
 
 def measure(
-    names: Sequence[str], setting: Setting, rounds: int, console: Console
+    names: Sequence[str], setting: Setting, rounds: int, console: Console, together: bool = False
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], bool]:
     """What every contender measured, round by round, why the others did not, and whether it was stopped.
 
-    A contender that fails once is out. Stopped (KeyboardInterrupt), it returns the whole rounds of the contenders that
-    ran: the last minute should not cost the hours before.
+    `together`: all engines stay loaded between their turns. A contender that fails once is out. Stopped
+    (KeyboardInterrupt), it returns the whole rounds of the contenders that ran: the last minute should not cost the
+    hours before.
 
     Raises:
         EngineError: when the baseline fails, or has not run when it is stopped.
     """
+    with Together() as engines:
+        return _take_turns(names, setting, rounds, console, engines.run if together else run_engine)
+
+
+def _take_turns(
+    names: Sequence[str],
+    setting: Setting,
+    rounds: int,
+    console: Console,
+    run: Callable[[str, EngineContender, Setting, int], dict[str, Any]],
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], bool]:
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     unavailable: dict[str, str] = {}
     for seed, name in enumerate(turns(names, rounds)):
@@ -94,7 +110,7 @@ def measure(
         contender = CONTENDERS[name]
         try:
             require_package(contender, setting.packages.get(contender.package or ""))
-            answer = run_engine(name, contender, setting, seed)
+            answer = run(name, contender, setting, seed)
         except KeyboardInterrupt:
             return *until_stopped(measured, unavailable), True
         except EngineError as reason:
@@ -203,6 +219,7 @@ def main(
     streams: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time, repeatable [1 16].")] = None,
     contender: Annotated[list[str] | None, typer.Option(help="Repeatable; bf16 always runs [all].")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the contenders take turns.")] = 3,
+    together: Annotated[bool, typer.Option("--together", help=TOGETHER)] = False,
     full: Annotated[bool, typer.Option("--full", help="The scenario long at 16 streams as well.")] = False,
     eager: Annotated[bool, typer.Option("--eager", help="vLLM without torch.compile, for all contenders.")] = False,
     zentorch: Annotated[Path | None, typer.Option(help="Folder where zentorch is installed apart.")] = None,
@@ -229,7 +246,7 @@ def main(
         try:
             weightless_gib = weightless_engine_gib(setting)
             console.print(f"an engine without weights occupies {weightless_gib:.2f} GiB", highlight=False)
-            measured, unavailable, stopped = measure(names, setting, rounds, console)
+            measured, unavailable, stopped = measure(names, setting, rounds, console, together)
             lines = rows(measured, setting, weightless_gib)
             commands = (
                 vllm_bench.compare(setting, [name for name in measured if name in vllm_bench.MODELS], rounds)
@@ -245,7 +262,7 @@ def main(
     for name, reason in unavailable.items():
         console.print(f"{name} is not measured: {reason}", highlight=False)
     if json_file is not None:
-        facts = {"shape": shape, "vocabulary": vocab, "eager": eager, "without_amx": without_amx}
+        facts = {"shape": shape, "vocabulary": vocab, "eager": eager, "without_amx": without_amx, "together": together}
         write_report(
             json_file,
             lines,

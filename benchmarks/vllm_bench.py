@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.engine_contenders import BASELINE, CONTENDERS, LOG_TAIL_LINES, EngineError, Setting, prepare
+from benchmarks.engine_contenders import BASELINE, CONTENDERS, Setting, prepare
+from benchmarks.engine_process import LOG_TAIL_LINES, EngineError
 from benchmarks.environment import vllm_environment
 from benchmarks.pairs import interleave
 from benchmarks.report import rounded

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine_contenders
+from benchmarks import engine_contenders, engine_process
 from benchmarks.dummy_model import CONFIGS, SHAPES, Shape
 from benchmarks.engine_contenders import (
     CONTENDERS,
     EngineContender,
-    EngineError,
     Setting,
+    Together,
     engine_spec,
     llama_spec,
     prepare,
@@ -23,6 +23,7 @@ from benchmarks.engine_contenders import (
     run_engine,
     weightless_engine_gib,
 )
+from benchmarks.engine_process import EngineError
 from benchmarks.scenarios import Cell, Scenario
 from resq_vllm.errors import ResQError
 
@@ -36,12 +37,7 @@ def setting(tmp_path: Path) -> Setting:
 
 def child(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every engine's process run `code` instead; spec and answer are its arguments."""
-    real = engine_contenders._run
-
-    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
-        return real([sys.executable, "-c", code, *command[-2:]], environment, log)
-
-    monkeypatch.setattr(engine_contenders, "_run", run)
+    monkeypatch.setattr(engine_contenders, "_command", lambda module: [sys.executable, "-c", code])
 
 
 def test_every_contender_has_a_model() -> None:
@@ -94,9 +90,8 @@ def test_model_that_this_release_cannot_make(setting: Setting, monkeypatch: pyte
 
 def test_answer_comes_with_the_cache_that_the_log_names(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {"cells": {"decode/1": {"tokens_s": 5.0}}, "rss_gib": 1.5, "loaded_gib": 1.0}
-    code = (
-        f"import sys; print('CPU KV cache size: 12,345 tokens'); open(sys.argv[2], 'w').write({json.dumps(answer)!r})"
-    )
+    write = f"(new := pathlib.Path(sys.argv[2] + '.new')).write_text({json.dumps(answer)!r}); new.rename(sys.argv[2])"
+    code = f"import pathlib, sys; print('CPU KV cache size: 12,345 tokens'); {write}"
     child(code, monkeypatch)
     assert run_engine("bf16", CONTENDERS["bf16"], setting, 0) == answer | {"kv_tokens": 12345}
 
@@ -122,10 +117,44 @@ def test_answer_of_an_earlier_process_is_not_read_again(setting: Setting, monkey
 
 
 def test_endless_engine_is_stopped(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_contenders, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(engine_process, "PATIENCE_SECONDS", 0.2)
     child("import time; time.sleep(60)", monkeypatch)
     with pytest.raises(EngineError, match=r"was still running after 0\.2 s"):
         run_engine("bf16", CONTENDERS["bf16"], setting, 0)
+
+
+PASSES = """
+import sys
+from pathlib import Path
+from benchmarks.engine_process import answer_passes
+print("CPU KV cache size: 8 tokens", flush=True)
+count = 0
+def one_pass():
+    global count
+    count += 1
+    return {"pass": count}
+answer_passes(sys.stdin, one_pass, Path(sys.argv[2]))
+"""
+
+
+def test_engines_that_stay_loaded(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(PASSES, monkeypatch)
+    monkeypatch.setattr(Together, "quiet_seconds", 0.0)
+    with Together() as engines:
+        found = [engines.run(name, CONTENDERS[name], setting, 0)["pass"] for name in ("bf16", "resq", "resq", "bf16")]
+        assert found == [1, 1, 2, 2]
+        running = list(engines._engines.values())
+    assert all(engine._process.poll() is not None for engine in running)
+    assert run_engine("bf16", CONTENDERS["bf16"], setting, 0) == {"pass": 1, "kv_tokens": 8}
+
+
+def test_engine_that_ends_between_its_turns(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(PASSES.replace("sys.stdin, one", "[sys.stdin.readline()], one"), monkeypatch)
+    monkeypatch.setattr(Together, "quiet_seconds", 0.0)
+    with Together() as engines:
+        assert engines.run("bf16", CONTENDERS["bf16"], setting, 0)["pass"] == 1
+        with pytest.raises(EngineError, match="its process ended with exit status 0"):
+            engines.run("bf16", CONTENDERS["bf16"], setting, 0)
 
 
 def test_package_that_is_not_there(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks import throughput
 from benchmarks.dummy_model import SHAPES
-from benchmarks.engine_contenders import EngineContender, EngineError, Setting
+from benchmarks.engine_contenders import EngineContender, Setting
+from benchmarks.engine_process import EngineError
 from benchmarks.scenarios import Cell, Scenario
 
 CELL = Cell(Scenario("decode", 32, 128), 16)

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import vllm_bench
 from benchmarks.dummy_model import SHAPES
-from benchmarks.engine_contenders import EngineError, Setting
+from benchmarks.engine_contenders import Setting
+from benchmarks.engine_process import EngineError
 from benchmarks.scenarios import Cell, Scenario
 
 CELL = Cell(Scenario("decode", 32, 128), 16)
