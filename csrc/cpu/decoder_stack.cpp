@@ -75,7 +75,7 @@ DecoderStack::DecoderStack(StackTensors tensors, std::vector<double> epsilons, s
 
 // Several hundred tensors that are in no cache, 0.1 ms on one thread.
 bool DecoderStack::moved() const {
-  std::atomic<bool> found{false};
+  std::atomic<bool> found{places_.empty()};
   const int64_t count = static_cast<int64_t>(places_.size());
   torch::stable::parallel_for(0, count, kPlaces, [&](int64_t begin, int64_t end) {
     bool same = true;
@@ -87,17 +87,17 @@ bool DecoderStack::moved() const {
 
 void DecoderStack::prepare() {
   layers_.clear();
-  places_.clear();
+  places_.clear();  // until all is well: what throws is tried again at the next run
+  table_ = cos_sin(tensors_.cos_sin_cache);
+  kv_heads_ = packed_cache(tensors_.kv_caches[0], table_.head_dim, layouts_[0], layouts_[1]).heads;
+  hidden_ = linear_at(tensors_.weights.data()).linear.n;
+  for (size_t i = 0; i < tensors_.kv_caches.size(); ++i) layers_.push_back(layer(i));
   const auto remember = [&](const Tensor& t) { places_.push_back({&t, t.const_data_ptr()}); };
   remember(tensors_.cos_sin_cache);
   for (const auto* list : {&tensors_.weights, &tensors_.rotations})
     for (const std::optional<Tensor>& t : *list)
       if (t) remember(*t);
   for (const Tensor& t : tensors_.kv_caches) remember(t);
-  table_ = cos_sin(tensors_.cos_sin_cache);
-  kv_heads_ = packed_cache(tensors_.kv_caches[0], table_.head_dim, layouts_[0], layouts_[1]).heads;
-  hidden_ = linear_at(tensors_.weights.data()).linear.n;
-  for (size_t i = 0; i < tensors_.kv_caches.size(); ++i) layers_.push_back(layer(i));
 }
 
 DecoderStack::Layer DecoderStack::layer(size_t i) const {

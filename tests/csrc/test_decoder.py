@@ -161,3 +161,18 @@ def test_a_stack_that_is_gone_lets_go_of_its_tensors() -> None:
     assert not kept.has(own[0], own[1][:-1], *own[2:])
     del kept
     assert torch._C._storage_Use_Count(packed.untyped_storage()._cdata) == before
+
+
+def test_a_tensor_that_no_longer_fits_is_named_until_it_does() -> None:
+    stack = Stack(torch.bfloat16, [0, 1, 2], [5, 20], [-1, -1])
+    arguments = stack.arguments(stack.caches())
+    batch = {name: arguments.pop(name) for name in BATCH}
+    kept = DecoderStack(**arguments)
+    expected = kept(**batch)
+    norm = arguments["weights"][26 + 6]
+    good, norm.data = norm.data, norm.data[:-1].clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"the norm's weight must have shape \[128\]"):
+            kept(**batch)
+    norm.data = good
+    assert_identical(kept(**batch), expected, "mended")
