@@ -188,8 +188,7 @@ std::tuple<Tensor, Tensor> DecoderStack::run(const Tensor& qkv, const Tensor& re
   copy_rows(qkv, rows.data());  // the caller's own, and rope works in place
 
   const auto part = [&](const Workspace& x, int64_t columns, int64_t first, int64_t count) -> HeadRows {
-    uint8_t* data = static_cast<uint8_t*>(x.data());
-    return {data + first * head_dim * bytes_of(dtype), dtype, tokens, count, head_dim, columns, head_dim};
+    return {row_address(x.data(), dtype, first * head_dim), dtype, tokens, count, head_dim, columns, head_dim};
   };
   const auto norm = [&](const Norm& n, const void* residual, void* sum) -> BeforeArgs {
     return {Before::rms_norm, residual, sum, hidden_, hidden_, n.weight, n.epsilon};
@@ -201,13 +200,13 @@ std::tuple<Tensor, Tensor> DecoderStack::run(const Tensor& qkv, const Tensor& re
     write_and_attend(part(rows, width, 0, query_heads_), part(rows, width, query_heads_, kv_heads_),
                      part(rows, width, query_heads_ + kv_heads_, kv_heads_), layer.cache,
                      part(attended, attended_width, 0, query_heads_), slots, sequences, layer.how);
-    run_rows(layer.o, attended.rows(tokens), {}, projected.data());
+    run_checked(layer.o, attended.rows(tokens), {}, projected.data());
     // After the last layer's MLP, where nothing follows, the stream is the sum before it.
     run_mlp(layer.up, layer.down, projected.rows(tokens),
             norm(layer.after_attention, from, layer.has_qkv ? middle.data() : to), inner.data(),
             layer.has_qkv ? mlp.data() : y.mutable_data_ptr());
     if (!layer.has_qkv) break;
-    run_rows(layer.qkv, mlp.rows(tokens), norm(layer.before_qkv, middle.data(), to),
+    run_checked(layer.qkv, mlp.rows(tokens), norm(layer.before_qkv, middle.data(), to),
              ends ? y.mutable_data_ptr() : rows.data());
     from = to;
   }

@@ -2,8 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "linear.h"
-
 namespace resq {
 
 Rows rows_of(const Tensor& x, int64_t columns, const char* name) {
@@ -130,7 +128,7 @@ CheckedLayer check_layer(const Layer& layer) {
   return checked;
 }
 
-void run_rows(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out) {
+void run_checked(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out) {
   if (x.count == 0) return;
   QuantizeArgs quantize{};
   quantize.x = x.data;
@@ -153,7 +151,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const BeforeLayer& before)
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = layer.n;
   Tensor out = torch::stable::new_empty(x, shape);
-  run_rows(checked, {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.stride},
+  run_checked(checked, {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.stride},
            before_args(before, rows.count, columns, x), out.mutable_data_ptr());
   return out;
 }

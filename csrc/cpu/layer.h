@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "linear.h"
 #include "plan.h"
 #include "tensors.h"
 
@@ -52,9 +53,7 @@ struct RowsAt {
   DType dtype;
   int64_t count, stride;
 };
-void run_rows(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out);
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+void run_checked(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out);
 
 // What happens to x first. For RMSNorm: weight [K] and, where there is one, the residual stream, shaped like x, whose
 // sum with x goes to residual_out.

@@ -68,10 +68,6 @@ void place_activation(QuantizeArgs& quantize, LinearArgs& args, int64_t rows, Sl
   args.code_stride = quantize.code_stride;
 }
 
-const void* row_address(const void* base, DType dtype, int64_t elements) {
-  return static_cast<const uint8_t*>(base) + elements * (dtype == DType::f32 ? 4 : 2);
-}
-
 int64_t share_of(int64_t count, int64_t tasks) { return std::max<int64_t>(1, count / tasks); }
 
 // Rows [first, first + rows) as arguments of their own.
@@ -80,9 +76,8 @@ void move_rows(QuantizeArgs& q, LinearArgs& l, int64_t first) {
   q.x = row_address(q.x, q.dtype, first * q.row_stride);
   if (before.residual) before.residual = row_address(before.residual, q.dtype, first * before.residual_stride);
   if (before.residual_out)
-    before.residual_out =
-        const_cast<void*>(row_address(before.residual_out, q.dtype, first * before.residual_out_stride));
-  l.out = const_cast<void*>(row_address(l.out, l.out_dtype, first * l.out_stride));
+    before.residual_out = row_address(before.residual_out, q.dtype, first * before.residual_out_stride);
+  l.out = row_address(l.out, l.out_dtype, first * l.out_stride);
 }
 
 // The rows whose codes fit together.

@@ -11,9 +11,6 @@ namespace {
 // of our own, kept between calls, would be 22 MiB that attention and the other layers cannot use.
 constexpr int64_t kMostRows = 768, kRowStep = 32, kMostBytes = (int64_t{32} << 20) - (64 << 10);
 
-const void* later(const void* rows, int64_t bytes) { return static_cast<const uint8_t*>(rows) + bytes; }
-void* later(void* rows, int64_t bytes) { return static_cast<uint8_t*>(rows) + bytes; }
-
 }  // namespace
 
 int64_t mlp_rows_at_once(int64_t rows, int64_t row_bytes) {
@@ -31,17 +28,15 @@ void check_mlp(const CheckedLayer& up, const CheckedLayer& down) {
 
 void run_mlp(const CheckedLayer& up, const CheckedLayer& down, const RowsAt& x, const BeforeArgs& norm, void* inner,
              void* out) {
-  const int64_t value = bytes_of(x.dtype), width = up.linear.n;
-  const int64_t step = mlp_rows_at_once(x.count, width * value);
+  const int64_t width = up.linear.n, step = mlp_rows_at_once(x.count, width * bytes_of(x.dtype));
   for (int64_t first = 0; first < x.count; first += step) {
     const int64_t count = std::min(step, x.count - first);
-    BeforeArgs before = norm;
-    before.residual = later(norm.residual, first * norm.residual_stride * value);
-    before.residual_out = later(norm.residual_out, first * norm.residual_out_stride * value);
-    run_rows(up, {later(x.data, first * x.stride * value), x.dtype, count, x.stride}, before, inner);
-    BeforeArgs silu{};
+    BeforeArgs before = norm, silu{};
+    before.residual = row_address(norm.residual, x.dtype, first * norm.residual_stride);
+    before.residual_out = row_address(norm.residual_out, x.dtype, first * norm.residual_out_stride);
+    run_checked(up, {row_address(x.data, x.dtype, first * x.stride), x.dtype, count, x.stride}, before, inner);
     silu.kind = Before::silu_mul;
-    run_rows(down, {inner, x.dtype, count, width}, silu, later(out, first * down.linear.n * value));
+    run_checked(down, {inner, x.dtype, count, width}, silu, row_address(out, x.dtype, first * down.linear.n));
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -69,9 +70,15 @@ def test_rope_names_bad_arguments(changed: dict[str, Any], sentence: str) -> Non
 BATCH = ("qkv", "residual", "positions", "slot_mapping", "block_table", "seq_lens", "query_start_loc")
 
 
+def made(arguments: dict[str, Any]) -> tuple[DecoderStack, dict[str, Any], dict[str, Any]]:
+    """A stack, what it was made of, and the batch."""
+    own = {name: value for name, value in arguments.items() if name not in BATCH}
+    return DecoderStack(**own), own, {name: arguments[name] for name in BATCH}
+
+
 def together(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = {name: arguments.pop(name) for name in BATCH}
-    return DecoderStack(**arguments)(**batch)
+    stack, _, batch = made(arguments)
+    return stack(**batch)
 
 
 # A step of three sequences, one sequence alone, a prompt with a step of another sequence, and a batch without tokens.
@@ -133,9 +140,7 @@ def test_bad_arguments_are_named(changes: dict[str, Any], sentence: str) -> None
 
 def test_a_stack_is_kept_from_step_to_step_and_sees_new_memory_of_its_tensors() -> None:
     stack = Stack(torch.bfloat16, [0, 1, 2], [5, 20], [-1, -1])
-    arguments = stack.arguments(stack.caches())
-    batch = {name: arguments.pop(name) for name in BATCH}
-    kept = DecoderStack(**arguments)
+    kept, arguments, batch = made(stack.arguments(stack.caches()))
     first = kept(**batch)
     assert_identical(kept(**batch), first, "again")
     for tensor in (t for t in arguments["weights"] if t is not None and t.dtype == torch.bfloat16):
@@ -145,29 +150,30 @@ def test_a_stack_is_kept_from_step_to_step_and_sees_new_memory_of_its_tensors() 
     assert_identical(changed, DecoderStack(**arguments)(**batch), "anew")
 
 
+def test_a_stack_knows_its_tensors() -> None:
+    stack = Stack(torch.bfloat16, [0, 1], [5], [-1])
+    kept, own, _ = made(stack.arguments(stack.caches()))
+    tensors = [own[name] for name in ("cos_sin_cache", "weights", "kv_caches", "rotations")]
+    assert kept.has(*tensors)
+    assert not kept.has(tensors[0].clone(), *tensors[1:])
+    assert not kept.has(tensors[0], tensors[1][:-1], *tensors[2:])
+
+
 def test_a_stack_that_is_gone_lets_go_of_its_tensors() -> None:
     stack = Stack(torch.bfloat16, [0, 1], [5], [-1])
-    arguments = stack.arguments(stack.caches())
-    for name in BATCH:
-        arguments.pop(name)
-    packed = arguments["weights"][0]
-    before = torch._C._storage_Use_Count(packed.untyped_storage()._cdata)
-    kept = DecoderStack(**arguments)
-    tensors = [arguments["cos_sin_cache"], *arguments["weights"], *arguments["kv_caches"], *arguments["rotations"]]
-    assert len(tensors) == 1 + 19 + 1 + 1
-    own = [arguments[name] for name in ("cos_sin_cache", "weights", "kv_caches", "rotations")]
-    assert kept.has(*own)
-    assert not kept.has(arguments["cos_sin_cache"].clone(), *own[1:])
-    assert not kept.has(own[0], own[1][:-1], *own[2:])
+    kept, own, batch = made(stack.arguments(stack.caches()))
+    storage = own["weights"][0].untyped_storage()
+    del stack, own, batch
+    gc.collect()
+    held = torch._C._storage_Use_Count(storage._cdata)
     del kept
-    assert torch._C._storage_Use_Count(packed.untyped_storage()._cdata) == before
+    gc.collect()
+    assert torch._C._storage_Use_Count(storage._cdata) == held - 1
 
 
 def test_a_tensor_that_no_longer_fits_is_named_until_it_does() -> None:
     stack = Stack(torch.bfloat16, [0, 1, 2], [5, 20], [-1, -1])
-    arguments = stack.arguments(stack.caches())
-    batch = {name: arguments.pop(name) for name in BATCH}
-    kept = DecoderStack(**arguments)
+    kept, arguments, batch = made(stack.arguments(stack.caches()))
     expected = kept(**batch)
     norm = arguments["weights"][26 + 6]
     good, norm.data = norm.data, norm.data[:-1].clone()

@@ -23,7 +23,7 @@ constexpr int kPrefetchRows = 4;
 // Superblocks that MR rows read side by side. An Intel core's own prefetching follows a stream no further than its 4 KiB
 // page and keeps only so many lines of it under way: it reads 17.0 GB/s from four streams, 15.6 from two and 13.6 from
 // one (M = 1, 16384 x 2048, 2 MiB pages; two cores 33.5, 31.5 and 27). On a Zen 4 one stream without prefetches takes
-// 0.83 to 0.89 of the time of four with them, four without 0.87 to 0.92 (M = 1, a 1B model's layers; isa.cpp chooses).
+// 0.7 to 0.9 of the time of four with them (M = 1, a 1B model's layers: benchmarks/decoder.py; isa.cpp chooses).
 template <Reading R, int MR>
 constexpr int kAbreast = R == Reading::in_order ? 1 : MR == 1 ? 4 : MR <= 3 ? 2 : 1;
 template <Reading R, int MR>
