@@ -180,11 +180,11 @@ std::tuple<Tensor, Tensor> DecoderStack::run(const Tensor& qkv, const Tensor& re
   }
   const int64_t attended_width = query_heads_ * head_dim;
   const Workspace rows(tokens, width, dtype), attended(tokens, attended_width, dtype), projected(tokens, hidden_, dtype),
-      middle(tokens, hidden_, dtype), inner(inner_rows, inner_width, dtype), mlp(tokens, hidden_, dtype);
+      middle(tokens, hidden_, dtype), between(tokens, hidden_, dtype), inner(inner_rows, inner_width, dtype),
+      mlp(tokens, hidden_, dtype);
   const Layer& last = layers_.back();
   const Tensor y = torch::stable::new_empty(qkv, {tokens, last.has_qkv ? last.qkv.linear.n : hidden_});
   const Tensor stream = torch::stable::new_empty(qkv, {tokens, hidden_});
-  void* const to = stream.mutable_data_ptr();
   copy_rows(qkv, rows.data());  // the caller's own, and rope works in place
 
   const auto part = [&](const Workspace& x, int64_t columns, int64_t first, int64_t count) -> HeadRows {
@@ -196,6 +196,7 @@ std::tuple<Tensor, Tensor> DecoderStack::run(const Tensor& qkv, const Tensor& re
   const void* from = residual.const_data_ptr();
   for (const Layer& layer : layers_) {
     const bool ends = &layer == &last;
+    void* const to = ends ? stream.mutable_data_ptr() : between.data();
     turn(rows.data(), tokens, width, query_heads_ + kv_heads_, at, table_);
     write_and_attend(part(rows, width, 0, query_heads_), part(rows, width, query_heads_, kv_heads_),
                      part(rows, width, query_heads_ + kv_heads_, kv_heads_), layer.cache,

@@ -63,7 +63,7 @@ enum class Before : int32_t {
 struct BeforeArgs {
   Before kind;
   const void* residual;  // rows of the plan's columns, or null
-  void* residual_out;
+  void* residual_out;    // other memory: each of several threads may read the residual for itself
   int64_t residual_stride, residual_out_stride;
   const void* weight;  // [columns], x's dtype
   float epsilon;

@@ -130,6 +130,7 @@ CheckedLayer check_layer(const Layer& layer) {
 
 void run_checked(const CheckedLayer& layer, const RowsAt& x, const BeforeArgs& before, void* out) {
   if (x.count == 0) return;
+  check(!before.residual || before.residual_out != before.residual, "the sum must not go where the residual is read");
   QuantizeArgs quantize{};
   quantize.x = x.data;
   quantize.dtype = x.dtype;

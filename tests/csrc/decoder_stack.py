@@ -44,6 +44,7 @@ class Stack:
     lens: list[int]
     windows: list[int]
     ends_in_mlp: bool = True
+    intermediate: int = INTERMEDIATE
     layers: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,8 +64,8 @@ class Stack:
         for i in range(len(self.windows)):
             o = layer_of(weights_of(HEADS * HEAD_DIM, HIDDEN, 4 * i))
             up, down = (
-                weights_of(HIDDEN, 2 * INTERMEDIATE, 4 * i + 1),
-                weights_of(INTERMEDIATE, HIDDEN, 4 * i + 2, 4),
+                weights_of(HIDDEN, 2 * self.intermediate, 4 * i + 1),
+                weights_of(self.intermediate, HIDDEN, 4 * i + 2, 4),
             )
             qkv = layer_of(weights_of(HIDDEN, WIDTH, 4 * i + 3), bias)
             self.layers.append((o, norm, EPSILON, layer_of(up), layer_of(down), norm, EPSILON, qkv))

@@ -81,6 +81,16 @@ def together(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return stack(**batch)
 
 
+def test_threads_that_quantize_the_same_rows_all_read_the_residual_before_its_sum() -> None:
+    """Each has a part of a wide gate_up and norms the rows for itself, whoever is first."""
+    stack = Stack(torch.bfloat16, [0, 1], [5], [-1, -1], intermediate=4096)
+    expected = stack.separately(stack.caches())
+    kept, _, batch = made(stack.arguments(stack.caches()))
+    for _ in range(300):
+        for ours, theirs in zip(kept(**batch), expected, strict=True):
+            assert_identical(ours, theirs, "default")
+
+
 # A step of three sequences, one sequence alone, a prompt with a step of another sequence, and a batch without tokens.
 BATCHES = [([0, 1, 2, 3], [5, 32, 1]), ([0, 1], [70]), ([0, 33, 34], [40, 18]), ([0, 0], [7])]
 
