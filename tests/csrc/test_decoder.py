@@ -83,7 +83,7 @@ def together(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_threads_that_quantize_the_same_rows_all_read_the_residual_before_its_sum() -> None:
     """Each has a part of a wide gate_up and norms the rows for itself, whoever is first."""
-    stack = Stack(torch.bfloat16, [0, 1], [5], [-1, -1], intermediate=4096)
+    stack = Stack(torch.bfloat16, [0, 1], [5], [-1, -1], intermediate=2048)
     expected = stack.separately(stack.caches())
     kept, _, batch = made(stack.arguments(stack.caches()))
     for _ in range(300):
