@@ -78,8 +78,13 @@ class Prepared(ABC):
         """[vocab, d]."""
         return self.source.lm_head()
 
-    def head(self) -> OutputHead:
-        """Final norm and lm_head, with what its input goes through."""
+    @property
+    def head_reads_calibration(self) -> bool:
+        """Whether :meth:`head` needs the Hessian of lm_head's input."""
+        return False
+
+    def head(self, hessian: torch.Tensor | None = None) -> OutputHead:
+        """Final norm and lm_head, with what its input goes through; ``hessian`` [d, d], whose memory is taken."""
         return OutputHead(self.final_norm(), self.lm_head())
 
     @abstractmethod

@@ -11,13 +11,14 @@ from offline.evaluate.perplexity import Perplexity, perplexity
 from offline.evaluate.streaming import sequence_nll
 from offline.methods.assemble import WholeModel
 from offline.methods.lab import Lab
-from offline.methods.method import LayerPlan, Method
+from offline.methods.method import LayerPlan, Method, Prepared
 from offline.models.adapter import SITE_LINEARS
 from offline.models.layer import LoadedLayer
 from offline.models.runner import make_batches
 from offline.quantize.activations import identity
 from offline.quantize.compensate import LayerInputs
 from offline.quantize.linear_weights import WeightQuantizer
+from offline.quantize.lm_head import head_hessian
 from resq_vllm.formats.metadata import SITES, SiteName
 
 
@@ -93,9 +94,9 @@ def run_method(lab: Lab, method: Method, whole: WholeModel | None = None) -> Mea
         if whole is not None:
             whole.keep(layer)
         lab.progress(method.name, index + 1, adapter.num_layers)
+    head = prepared.head(calibration.head_hessian(prepared))
     if whole is not None:
-        whole.finish(prepared)
-    head = prepared.head()
+        whole.finish(prepared.embedding(), head)
     results = {
         name: perplexity(sequence_nll(runner, batches[name], hiddens[name], head), text)
         for name, text in lab.texts.items()
@@ -139,6 +140,12 @@ class _Calibration:
         if compensates:
             layer.run(hiddens)
             inputs.finish()
+
+    def head_hessian(self, prepared: Prepared) -> torch.Tensor | None:
+        """Of lm_head's input behind the last layer, where the method rounds lm_head by it."""
+        if not prepared.head_reads_calibration:
+            return None
+        return head_hessian(self._lab.runner, prepared.final_norm(), self._hiddens or [])
 
     def _site(self, layer: LoadedLayer, site: SiteName, weights: WeightQuantizer, inputs: LayerInputs) -> None:
         adapter = self._lab.adapter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from offline.methods.lab import Lab
 from offline.methods.method import LayerPlan, Method, Prepared, SiteQuantization
@@ -44,8 +45,10 @@ class Unrounded(Method):
             }
             return LayerPlan(plan.tensors, sites, KVQuantizer(plan.kv.rotation))
 
-        prepared.layer = layer  # type: ignore[method-assign]
-        prepared.head = lambda: OutputHead(prepared.final_norm(), prepared.lm_head())  # type: ignore[method-assign]
+        def head(hessian: torch.Tensor | None = None) -> OutputHead:
+            return OutputHead(prepared.final_norm(), prepared.lm_head())
+
+        prepared.layer, prepared.head = layer, head  # type: ignore[method-assign]
         return prepared
 
 
@@ -85,13 +88,21 @@ def test_mixed_precision_keeps_to_the_budget(name: str, make_lab: MakeLab) -> No
         assert 4 <= bits <= 4.6
 
 
-def test_eight_bit_head_is_felt_and_not_among_the_layers_bits(make_lab: MakeLab) -> None:
+@pytest.mark.parametrize("name", ["resq-lm8", "resq-lm4"])
+def test_quantized_head_is_felt_and_not_among_the_layers_bits(name: str, make_lab: MakeLab) -> None:
     lab = make_lab()
-    plain, eight = (run_method(lab, ROWS[name]) for name in ("resq", "resq-lm8"))
-    assert (plain.weight_bits, plain.activation_bits) == (eight.weight_bits, eight.activation_bits)
-    found, wanted = eight.perplexity[""].value, plain.perplexity[""].value
+    plain, quantized = run_method(lab, ROWS["resq"]), run_method(lab, ROWS[name])
+    assert (plain.weight_bits, plain.activation_bits) == (quantized.weight_bits, quantized.activation_bits)
+    found, wanted = quantized.perplexity[""].value, plain.perplexity[""].value
     assert found != wanted
     assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_only_a_four_bit_head_reads_calibration(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    four = ROWS["resq-lm4"]
+    methods = (ROWS["resq"], ROWS["resq-lm8"], four, replace(four, rtn=True))  # type: ignore[type-var]
+    assert [method.prepare(lab).head_reads_calibration for method in methods] == [False, False, True, False]
 
 
 def test_corrections_count_as_weights(make_lab: MakeLab) -> None:
