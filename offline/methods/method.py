@@ -8,7 +8,7 @@ rotations, smoothing factors); the :class:`Prepared` then describes one layer at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,13 +78,8 @@ class Prepared(ABC):
         """[vocab, d]."""
         return self.source.lm_head()
 
-    @property
-    def head_reads_calibration(self) -> bool:
-        """Whether :meth:`head` needs the Hessian of lm_head's input."""
-        return False
-
-    def head(self, hessian: torch.Tensor | None = None) -> OutputHead:
-        """Final norm and lm_head, with what its input goes through; ``hessian`` [d, d], whose memory is taken."""
+    def head(self, hessian: Callable[[], torch.Tensor]) -> OutputHead:
+        """Final norm and lm_head, with what its input goes through; ``hessian`` makes its [d, d], where needed."""
         return OutputHead(self.final_norm(), self.lm_head())
 
     @abstractmethod

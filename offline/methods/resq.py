@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
@@ -124,17 +124,13 @@ class ResQPrepared(RotatedPrepared):
         width = self.adapter.hidden_size
         self._head_site = head_site(method.lm_head_bits, width, high_count(width, method.high_fraction))
 
-    @property
-    def head_reads_calibration(self) -> bool:
-        return reads_calibration(self._head_site, self._method.rtn)
-
-    def head(self, hessian: torch.Tensor | None = None) -> OutputHead:
-        if self._head_site is None:
-            return super().head()
+    def head(self, hessian: Callable[[], torch.Tensor]) -> OutputHead:
+        site = self._head_site
+        if site is None:
+            return super().head(hessian)
         norm, residual = self.source.final_norm(), self.rotations.residual
-        head = quantize_lm_head(
-            self.source.lm_head(), self._head_site, hessian, lambda rows: fuse_lm_head(rows, norm, residual)
-        )
+        moments = hessian() if reads_calibration(site, self._method.rtn) else None
+        head = quantize_lm_head(self.source.lm_head(), site, moments, lambda rows: fuse_lm_head(rows, norm, residual))
         return OutputHead.of_quantized(self.final_norm(), head)
 
     @property

@@ -11,7 +11,7 @@ from offline.evaluate.perplexity import Perplexity, perplexity
 from offline.evaluate.streaming import sequence_nll
 from offline.methods.assemble import WholeModel
 from offline.methods.lab import Lab
-from offline.methods.method import LayerPlan, Method, Prepared
+from offline.methods.method import LayerPlan, Method
 from offline.models.adapter import SITE_LINEARS
 from offline.models.layer import LoadedLayer
 from offline.models.runner import make_batches
@@ -94,7 +94,7 @@ def run_method(lab: Lab, method: Method, whole: WholeModel | None = None) -> Mea
         if whole is not None:
             whole.keep(layer)
         lab.progress(method.name, index + 1, adapter.num_layers)
-    head = prepared.head(calibration.head_hessian(prepared))
+    head = prepared.head(lambda: calibration.head_hessian(prepared.final_norm()))
     if whole is not None:
         whole.finish(prepared.embedding(), head)
     results = {
@@ -141,11 +141,9 @@ class _Calibration:
             layer.run(hiddens)
             inputs.finish()
 
-    def head_hessian(self, prepared: Prepared) -> torch.Tensor | None:
-        """Of lm_head's input behind the last layer, where the method rounds lm_head by it."""
-        if not prepared.head_reads_calibration:
-            return None
-        return head_hessian(self._lab.runner, prepared.final_norm(), self._hiddens or [])
+    def head_hessian(self, norm: torch.Tensor) -> torch.Tensor:
+        """Of lm_head's input behind the last layer and the final RMSNorm of weight ``norm`` [d]."""
+        return head_hessian(self._lab.runner, norm, self._hiddens or [])
 
     def _site(self, layer: LoadedLayer, site: SiteName, weights: WeightQuantizer, inputs: LayerInputs) -> None:
         adapter = self._lab.adapter

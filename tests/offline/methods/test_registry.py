@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -45,7 +46,7 @@ class Unrounded(Method):
             }
             return LayerPlan(plan.tensors, sites, KVQuantizer(plan.kv.rotation))
 
-        def head(hessian: torch.Tensor | None = None) -> OutputHead:
+        def head(hessian: Callable[[], torch.Tensor]) -> OutputHead:
             return OutputHead(prepared.final_norm(), prepared.lm_head())
 
         prepared.layer, prepared.head = layer, head  # type: ignore[method-assign]
@@ -88,21 +89,15 @@ def test_mixed_precision_keeps_to_the_budget(name: str, make_lab: MakeLab) -> No
         assert 4 <= bits <= 4.6
 
 
-@pytest.mark.parametrize("name", ["resq-lm8", "resq-lm4"])
-def test_quantized_head_is_felt_and_not_among_the_layers_bits(name: str, make_lab: MakeLab) -> None:
+# Random weights and a vocabulary of 64: what 4 bits do is plain to see.
+@pytest.mark.parametrize(("name", "change"), [("resq-lm8", 0.01), ("resq-lm4", 0.1)])
+def test_quantized_head_is_felt_and_not_among_the_layers_bits(name: str, change: float, make_lab: MakeLab) -> None:
     lab = make_lab()
     plain, quantized = run_method(lab, ROWS["resq"]), run_method(lab, ROWS[name])
     assert (plain.weight_bits, plain.activation_bits) == (quantized.weight_bits, quantized.activation_bits)
     found, wanted = quantized.perplexity[""].value, plain.perplexity[""].value
     assert found != wanted
-    assert found == pytest.approx(wanted, rel=0.01)
-
-
-def test_only_a_four_bit_head_reads_calibration(make_lab: MakeLab) -> None:
-    lab = make_lab()
-    four = ROWS["resq-lm4"]
-    methods = (ROWS["resq"], ROWS["resq-lm8"], four, replace(four, rtn=True))  # type: ignore[type-var]
-    assert [method.prepare(lab).head_reads_calibration for method in methods] == [False, False, True, False]
+    assert found == pytest.approx(wanted, rel=change)
 
 
 def test_corrections_count_as_weights(make_lab: MakeLab) -> None:
