@@ -1,7 +1,7 @@
 """lm_head in 8 bits, or in 4 with 8-bit columns: symmetric weights with a scale a row and part, inputs in 8 bits.
 
-At 8 bits it is rounded to nearest at the row's full range, which moves perplexity by 0.09 % at most (a clip search would
-lower the squared error by another 3 %). With 4-bit columns it is quantized as every other linear layer, by GPTQ with a
+At 8 bits it is rounded to nearest at the row's full range, which moves perplexity by 0.09 % at most; a clip search
+would lower the squared error by 3 %. With 4-bit columns it is quantized as every other linear layer, by GPTQ with a
 clip search: perplexity grows by 0.93 % (stories3M) and 0.40 % (the bundled model); to nearest by 1.83 and 0.69 %, with
 either of the two alone by something between (means of two seeds, docs/accuracy.md). The search takes 0.5 s a million
 weights: minutes for a vocabulary of 128k.
