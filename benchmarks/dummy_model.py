@@ -85,6 +85,7 @@ CONFIGS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "bf16": bf16_config,
     "resq": resq_config,
     "resq-lm8": lambda shape: resq_config(shape, 8),
+    "resq-lm4": lambda shape: resq_config(shape, 4),
     "w8a8": _with(_W8A8),
     "gptq": _with(_GPTQ),
     "awq": _with(_AWQ),

@@ -50,6 +50,7 @@ CONTENDERS: dict[str, EngineContender] = {
     BASELINE: EngineContender("bf16"),
     "resq": EngineContender("resq"),
     "resq-lm8": EngineContender("resq-lm8", lm_head_bits=8),
+    "resq-lm4": EngineContender("resq-lm4", lm_head_bits=4),
     "fp8-kv": EngineContender("bf16", options={"kv_cache_dtype": "fp8"}),
     "w8a8": EngineContender("w8a8"),
     "w8a8-zentorch": EngineContender("w8a8", package="zentorch"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from offline.evaluate.perplexity import Perplexity
 from offline.inspect import kv_bytes_per_head
 from offline.models.source import ModelSource
-from resq_vllm.formats.metadata import SITES, LinearSite, QuantizationMetadata
+from resq_vllm.formats.metadata import LM_HEAD, SITES, LinearSite, QuantizationMetadata
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _CHAT = """\
@@ -90,7 +90,7 @@ def _summary(metadata: QuantizationMetadata, base: str) -> str:
         share += f", a correction of rank {site.low_rank}"
     ratio = plain / kv_bytes_per_head(metadata)
     cache = "a 16-bit KV cache" if ratio == 1 else f"a KV cache {ratio:.2f} times smaller than bf16"
-    share += ", lm_head in 8 bits" if metadata.lm_head_bits == 8 else ""
+    share += f", lm_head in {metadata.lm_head_weight_bits:.3g} bits" if metadata.lm_head_site else ""
     return (
         f"{base} quantized with {method} ([arXiv {paper}](https://arxiv.org/abs/{paper})) by resq-vllm "
         f"{metadata.tool_version}: weights in {site.weight_low_bits} and activations in {site.act_low_bits} "
@@ -129,16 +129,16 @@ def _accuracy(before: Perplexity | None, after: Perplexity | None) -> str:
 def _recipe(metadata: QuantizationMetadata) -> str:
     rows = ["| input of | columns | weights | activations |", "|---|---|---|---|"]
     rows += [_site_row(name, metadata.sites[name]) for name in SITES]
+    head = metadata.lm_head_site
+    rows += [] if head is None else [_site_row(LM_HEAD, head)]
     kinds: dict[str, int] = {}
     for layer in metadata.kv_cache:
         low = f"{metadata.head_dim - layer.high} dims in {layer.low_bits} bits"
         kind = f"{low}, {layer.high} in 8 bits" if layer.high else f"{layer.low_bits} bits"
         kinds[kind] = kinds.get(kind, 0) + 1
     cache = "; ".join(f"{kind} ({layers} layers)" for kind, layers in kinds.items())
-    head = "Embedding, norms and lm_head: 16 bits."
-    if metadata.lm_head_bits == 8:
-        head = "Embedding and norms: 16 bits. lm_head: 8 bits, a scale a row; its input 8 bits, one scale a token."
-    lines = [f"KV cache, a head: {cache}. {head}"]
+    plain = "Embedding, norms and lm_head" if head is None else "Embedding and norms"
+    lines = [f"KV cache, a head: {cache}. {plain}: 16 bits."]
     if metadata.ignore:
         lines.append(f"Left in 16 bits: {', '.join(metadata.ignore)}.")
     options = [f"| {key} | {value} |" for key, value in metadata.recipe.items()]

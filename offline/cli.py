@@ -78,7 +78,10 @@ def quantize(
     ] = None,
     lm_head_bits: Annotated[
         int,
-        typer.Option(help="Bits of lm_head: 16, or 8 for its weights (a scale a row) and inputs (a scale a token)."),
+        typer.Option(
+            help="Bits of lm_head: 16; 8 for its weights and inputs; or 4 (resq only) for its weights, with "
+            "--high-fraction and inputs at 8."
+        ),
     ] = 16,
     o_scales: Annotated[
         Literal["token8", "part", "kv", "head"],

@@ -70,6 +70,7 @@ class CheckpointReport:
     """Everything ``resq inspect`` shows. Bytes are those of tensors in the files.
 
     ``average_bits`` counts codes, scales and low-rank corrections of the decoder layers' packed linears, not lm_head;
+    ``lm_head_weight_bits`` are the mean of its low and high columns' codes;
     ``kv_bytes_per_token`` and its bf16 counterpart count K and V of all layers and kv heads.
     """
 
@@ -86,6 +87,7 @@ class CheckpointReport:
     sites: list[SiteReport]
     embedding_bytes: int
     lm_head_bits: int
+    lm_head_weight_bits: float
     lm_head_weights: int
     lm_head_bytes: int
     rotation_bytes: int
@@ -141,7 +143,7 @@ class CheckpointReport:
             ranks = ", ".join(dict.fromkeys(str(s.low_rank) for s in self.sites))
             table.add_row(f"low-rank corrections (rank {ranks})", _size(sum(s.correction_bytes for s in self.sites)))
         table.add_row("embedding", _size(self.embedding_bytes))
-        table.add_row(f"lm_head ({self.lm_head_bits} bit)", _size(self.lm_head_bytes))
+        table.add_row(f"lm_head ({self.lm_head_weight_bits:.3g} bit)", _size(self.lm_head_bytes))
         table.add_row("key rotations", _size(self.rotation_bytes))
         table.add_row("norms, biases, layers in 16 bits", _size(self.other_bytes))
         table.add_row("[bold]total[/bold]", f"[bold]{_size(self.total_bytes)}[/bold]")
@@ -192,6 +194,7 @@ def inspect_checkpoint(directory: Path) -> CheckpointReport:
         sites=sites,
         embedding_bytes=embedding,
         lm_head_bits=metadata.lm_head_bits,
+        lm_head_weight_bits=metadata.lm_head_weight_bits,
         lm_head_weights=int(checkpoint.hf_config.vocab_size * checkpoint.hf_config.hidden_size),
         lm_head_bytes=lm_head,
         rotation_bytes=rotations,

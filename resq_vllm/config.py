@@ -58,7 +58,7 @@ class ResQConfig(QuantizationConfig):
         self.metadata = metadata
         self.ignore = list(metadata.ignore)
         # Filled while a worker creates its layers: the KV decision per attention layer, and what the log line reports
-        # (lm_head: "W8A8" or its float type).
+        # (lm_head: "W8A8", "W4.50A8" or its float type).
         self.kv_layers: dict[str, KVDecision] = {}
         self.linear_bits = LinearBits()
         self.lm_head = ""

@@ -1,4 +1,4 @@
-"""lm_head on this rank's rows of the vocabulary: at 8 bits (``ResQLMHeadMethod``), or in bfloat16 on the CPU."""
+"""lm_head on this rank's rows of the vocabulary: quantized (``ResQLMHeadMethod``), or in bfloat16 on the CPU."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ FEW_TOKENS = 4
 
 
 class ResQLMHeadMethod(ResQLinearMethod):
-    """lm_head as a linear layer of 8-bit columns alone; vLLM's logits processor calls :meth:`apply`.
+    """lm_head as a linear layer of 8-bit columns, or of 4- and 8-bit ones; vLLM's logits processor calls :meth:`apply`.
 
     vLLM pads the vocabulary to a multiple of 64 and deals it to the ranks; its loader cuts every rank's rows out of the
-    checkpoint's tensors and fills up with zeros, codes and scales alike, so padding gets the logit 0 that a 16-bit head
-    gives it, and is cut off after the gather.
+    checkpoint's tensors and fills up with zeros, codes and scales alike. A byte of zeros is two codes 0, so the sum of
+    such a row's codes, which inputs' zero points are multiplied with, is 0 as well: padding gets the logit 0 that a
+    16-bit head gives it, and is cut off after the gather.
     """
 
     def __init__(self, config: ResQConfig) -> None:
         site = config.metadata.lm_head_site
         if site is None:
-            raise ResQError("lm_head is in 16 bits in this checkpoint; quantize the model with --lm-head-bits 8")
+            raise ResQError("lm_head is in 16 bits in this checkpoint; quantize the model with --lm-head-bits 8 or 4")
         super().__init__(config, site)
 
     def tally(self, plan: LinearPlan, outputs: int, modules: int) -> None:
         """Say in the start-up line that the head is quantized; its bits are not those of the decoder's linears."""
-        self.config.lm_head = f"W{self.site.weight_high_bits}A{self.site.act_high_bits}"
+        weights = f"{self.site.weight_bits:.2f}".removesuffix(".00")
+        self.config.lm_head = f"W{weights}A{self.site.act_high_bits}"
 
     def tie_weights(self, layer: LinearBase, embed_tokens: torch.nn.Module) -> LinearBase:
-        """vLLM's request to share the embedding's rows. Raises ResQError: an 8-bit head has rows of its own."""
+        """vLLM's request to share the embedding's rows. Raises ResQError: a quantized head has rows of its own."""
         raise ResQError(
-            f"{layer.prefix}: an 8-bit lm_head cannot share the embedding's weights; set tie_word_embeddings to false "
-            "in config.json"
+            f"{layer.prefix}: a quantized lm_head cannot share the embedding's weights; set tie_word_embeddings to "
+            "false in config.json"
         )
 
 

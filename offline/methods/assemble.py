@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from offline.methods.lab import Lab
-from offline.methods.method import Prepared
 from offline.models.attention import ATTENTION_NAME
 from offline.models.layer import LoadedLayer
+from offline.quantize.lm_head import OutputHead
 from resq_vllm.formats.metadata import LM_HEAD
 
 
@@ -21,21 +21,22 @@ class WholeModel:
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
         self._layers: list[LoadedLayer] = []
-        self._prepared: Prepared | None = None
+        self._top: tuple[torch.Tensor, OutputHead] | None = None
 
     def keep(self, layer: LoadedLayer) -> None:
         """The next layer, its roundings set."""
         self._layers.append(layer)
 
-    def finish(self, prepared: Prepared) -> None:
+    def finish(self, embedding: torch.Tensor, head: OutputHead) -> None:
         """What stands outside the layers."""
-        self._prepared = prepared
+        self._top = embedding, head
 
     def model(self) -> Any:
         """A causal language model in eval mode that computes as the layers did."""
-        if self._prepared is None or len(self._layers) != self._lab.adapter.num_layers:
+        if self._top is None or len(self._layers) != self._lab.adapter.num_layers:
             raise RuntimeError("the method has not run through all layers")
-        adapter, prepared, runner = self._lab.adapter, self._prepared, self._lab.runner
+        adapter, runner = self._lab.adapter, self._lab.runner
+        embedding, head = self._top
         config = runner.config
         tied = config.tie_word_embeddings
         # A rotated embedding and lm_head differ; transformers would tie them again.
@@ -45,9 +46,8 @@ class WholeModel:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=runner.dtype)
         finally:
             config.tie_word_embeddings = tied
-        head = prepared.head()
         state = {
-            adapter.embedding: prepared.embedding(),
+            adapter.embedding: embedding,
             adapter.final_norm: head.norm,
             adapter.lm_head: head.weight,
         }

@@ -8,7 +8,7 @@ rotations, smoothing factors); the :class:`Prepared` then describes one layer at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,8 +78,8 @@ class Prepared(ABC):
         """[vocab, d]."""
         return self.source.lm_head()
 
-    def head(self) -> OutputHead:
-        """Final norm and lm_head, with what its input goes through."""
+    def head(self, hessian: Callable[[], torch.Tensor]) -> OutputHead:
+        """Final norm and lm_head, with what its input goes through; ``hessian`` makes its [d, d], where needed."""
         return OutputHead(self.final_norm(), self.lm_head())
 
     @abstractmethod

@@ -58,6 +58,7 @@ def methods(options: MethodOptions | None = None) -> dict[str, Method]:
         replace(resq, name="resq-248", label="ResQ, 2/4/8 bits", lowest_fraction=LOWEST_FRACTION),
         replace(resq, name="resq-a8", label="ResQ, 8-bit o and down inputs", o_scales="token8", down_act_bits=8),
         replace(resq, name="resq-lm8", label="ResQ, 8-bit lm_head", lm_head_bits=8),
+        replace(resq, name="resq-lm4", label="ResQ, 4.5-bit lm_head", lm_head_bits=4),
     ]
     return {method.name: method for method in known}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
@@ -16,14 +16,14 @@ from offline.methods.rotated import RotatedPrepared
 from offline.pipeline.options import OutputScales
 from offline.pipeline.sites import build_down_layout, build_kv_layers, build_sites
 from offline.quantize.activations import KVQuantizer
-from offline.quantize.lm_head import OutputHead, quantize_lm_head
+from offline.quantize.lm_head import OutputHead, quantize_lm_head, reads_calibration
 from offline.quantize.rounding import round_columns
 from offline.rotate.channels import order_down
 from offline.rotate.fuse import fuse_layer, fuse_lm_head
 from offline.rotate.train import TrainOptions, train_rotations
 from offline.rotate.trainable import RotationBlocks
 from resq_vllm.formats.kv_layout import KVLayout
-from resq_vllm.formats.metadata import SITES, LMHeadBits, SiteName, high_count
+from resq_vllm.formats.metadata import SITES, LMHeadBits, SiteName, head_site, high_count
 from resq_vllm.formats.plan import LOW, LinearPlan, Segment, linear_plan
 
 HIGH_BITS = 8
@@ -43,7 +43,7 @@ class ResQ(Method):
         down_high_fraction: share of down_proj's channels, the strongest, at 8 bits (the paper: none); None: as
             ``high_fraction``.
         kv_bits: 4, 8 or 16 for all layers, or one entry a layer.
-        lm_head_bits: 16, or 8 for its weights and inputs.
+        lm_head_bits: 16; 8 for its weights and inputs; or 4, its high columns and inputs at 8.
         compensate: weights make up for what the rounded model lost before them (:mod:`offline.quantize.compensate`).
         rtn: round weights to nearest.
         basis: of U_A, U_B and U_C: "pca", "random" or "identity".
@@ -121,12 +121,16 @@ class ResQPrepared(RotatedPrepared):
         self._energy = lab.bases().down_energy
         self.sites = _sites(lab, method)
         self._kv = build_kv_layers(self.adapter, method)
+        width = self.adapter.hidden_size
+        self._head_site = head_site(method.lm_head_bits, width, high_count(width, method.high_fraction))
 
-    def head(self) -> OutputHead:
-        if self._method.lm_head_bits == FLOAT_BITS:
-            return super().head()
+    def head(self, hessian: Callable[[], torch.Tensor]) -> OutputHead:
+        site = self._head_site
+        if site is None:
+            return super().head(hessian)
         norm, residual = self.source.final_norm(), self.rotations.residual
-        head = quantize_lm_head(self.source.lm_head(), lambda rows: fuse_lm_head(rows, norm, residual))
+        moments = hessian() if reads_calibration(site, self._method.rtn) else None
+        head = quantize_lm_head(self.source.lm_head(), site, moments, lambda rows: fuse_lm_head(rows, norm, residual))
         return OutputHead.of_quantized(self.final_norm(), head)
 
     @property

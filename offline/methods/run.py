@@ -18,6 +18,7 @@ from offline.models.runner import make_batches
 from offline.quantize.activations import identity
 from offline.quantize.compensate import LayerInputs
 from offline.quantize.linear_weights import WeightQuantizer
+from offline.quantize.lm_head import head_hessian
 from resq_vllm.formats.metadata import SITES, SiteName
 
 
@@ -93,9 +94,9 @@ def run_method(lab: Lab, method: Method, whole: WholeModel | None = None) -> Mea
         if whole is not None:
             whole.keep(layer)
         lab.progress(method.name, index + 1, adapter.num_layers)
+    head = prepared.head(lambda: calibration.head_hessian(prepared.final_norm()))
     if whole is not None:
-        whole.finish(prepared)
-    head = prepared.head()
+        whole.finish(prepared.embedding(), head)
     results = {
         name: perplexity(sequence_nll(runner, batches[name], hiddens[name], head), text)
         for name, text in lab.texts.items()
@@ -139,6 +140,10 @@ class _Calibration:
         if compensates:
             layer.run(hiddens)
             inputs.finish()
+
+    def head_hessian(self, norm: torch.Tensor) -> torch.Tensor:
+        """Of lm_head's input behind the last layer and the final RMSNorm of weight ``norm`` [d]."""
+        return head_hessian(self._lab.runner, norm, self._hiddens or [])
 
     def _site(self, layer: LoadedLayer, site: SiteName, weights: WeightQuantizer, inputs: LayerInputs) -> None:
         adapter = self._lab.adapter

@@ -110,6 +110,14 @@ class LayerRunner:
         return hiddens
 
     @torch.no_grad()
+    def head_input(self, hidden: torch.Tensor, final_norm: torch.Tensor) -> torch.Tensor:
+        """What lm_head reads, [B, T, d]: the last layer's output through the final norm, whose weight is [d]."""
+        norm = self.adapter.norm_module()
+        norm.weight = torch.nn.Parameter(final_norm.to(self.device, self.dtype), requires_grad=False)
+        normed: torch.Tensor = norm(hidden)
+        return normed
+
+    @torch.no_grad()
     def logits(
         self,
         hidden: torch.Tensor,
@@ -121,11 +129,9 @@ class LayerRunner:
 
         ``rounding``: what lm_head's input goes through first.
         """
-        norm = self.adapter.norm_module()
-        weight = self.source.final_norm() if final_norm is None else final_norm
-        norm.weight = torch.nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
         head = self.source.lm_head() if lm_head is None else lm_head
-        normed = norm(hidden) if rounding is None else rounding(norm(hidden))
+        normed = self.head_input(hidden, self.source.final_norm() if final_norm is None else final_norm)
+        normed = normed if rounding is None else rounding(normed)
         logits = normed.new_empty(*normed.shape[:-1], len(head))
         # In blocks: the whole lm_head in float32 would be the largest tensor of all.
         for start in range(0, len(head), _HEAD_ROWS):

@@ -38,7 +38,7 @@ def meta_model(config: PreTrainedConfig, source: str) -> nn.Module:
 
 
 def quantized_linears(model: nn.Module, metadata: QuantizationMetadata) -> dict[str, tuple[nn.Linear, LinearSite]]:
-    """The linear modules that the checkpoint holds packed, by name in model order; lm_head too where it has 8 bits."""
+    """The linear modules that the checkpoint holds packed, by name in model order; a quantized lm_head too."""
     found: dict[str, tuple[nn.Linear, LinearSite]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or name in metadata.ignore:

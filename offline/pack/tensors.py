@@ -4,7 +4,7 @@ Per module: ``weight_low`` (4 bit: uint8 [N, K_l/2], byte j = column 2j in the l
 8 bit: int8 [N, K_l]), ``weight_high`` int8 [N, K_h], ``weight_low_scale`` and ``weight_high_scale`` float32 [N]. A part
 of no columns has no tensors. Format 2 adds: ``weight_low_scale`` is [N, groups] where the site has a ``weight_group``,
 and a site of ``low_rank`` k has ``low_rank_a`` [K, k] and ``low_rank_b`` [k, N] in the model dtype. Format 3: an 8-bit
-lm_head is such a module too, with a high part alone.
+lm_head is such a module too, with a high part alone; format 4: one with a 4-bit low part.
 """
 
 from __future__ import annotations

@@ -90,15 +90,18 @@ class Job(ABC):
     def batch_tokens(self) -> int:
         return self.options.batch_size * max(s.numel() for s in self.sequences)
 
-    def head_tensors(self, fused: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Checkpoint tensors of lm_head: in the model's dtype, or packed at 8 bits.
+    def head_tensors(
+        self, fused: Callable[[torch.Tensor, torch.dtype], torch.Tensor], hessian: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Checkpoint tensors of lm_head: in the model's dtype, or packed.
 
-        ``fused`` takes rows [n, d] of the model's own and a dtype, and returns what the checkpoint has in their place.
+        ``fused`` takes rows [n, d] of the model's own and a dtype, and returns what the checkpoint has in their place;
+        ``hessian`` [d, d]: of lm_head's input, for GPTQ, which takes its memory; None: round to nearest.
         """
-        table = self.source.lm_head()
-        if self.metadata.lm_head_site is None:
+        table, site = self.source.lm_head(), self.metadata.lm_head_site
+        if site is None:
             return {self.adapter.lm_head: fused(table, self.source.dtype)}
-        return linear_tensors(quantize_lm_head(table, lambda rows: fused(rows, torch.float32)), LM_HEAD)
+        return linear_tensors(quantize_lm_head(table, site, hessian, lambda rows: fused(rows, torch.float32)), LM_HEAD)
 
     def served_head(self) -> OutputHead:
         """The checkpoint's final norm and lm_head as they will be served."""
@@ -106,7 +109,8 @@ class Job(ABC):
         norm = tensors[self.adapter.final_norm]
         if site is None:
             return OutputHead(norm, tensors[self.adapter.lm_head])
-        plan, rows = linear_plan(site, site.high, self.metadata.head_dim), self.source.config.vocab_size
+        plan = linear_plan(site, site.low + site.high, self.metadata.head_dim)
+        rows = self.source.config.vocab_size
         return OutputHead.of_quantized(norm, linear_from_tensors(tensors.__getitem__, LM_HEAD, rows, site, plan))
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:

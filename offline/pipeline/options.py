@@ -77,9 +77,15 @@ class QuantizeOptions(BaseModel):
             first = error.errors()[0]
             flag = "--" + str(first["loc"][0]).replace("_", "-")
             raise ResQError(f"{flag}: {first['msg']} (given: {first['input']!r})") from error
-        if options.lm_head_bits == 8 and LM_HEAD in options.ignore_layers:
-            raise ResQError("--lm-head-bits 8 and --ignore-layers lm_head contradict each other; leave one out")
+        head = options.lm_head_bits
+        if head != 16 and LM_HEAD in options.ignore_layers:
+            raise ResQError(f"--lm-head-bits {head} and --ignore-layers lm_head contradict each other; leave one out")
         resq = options.method == "resq"
+        if head == 4 and not resq:
+            raise ResQError(
+                f"--lm-head-bits 4 belongs to --method resq, whose basis says which columns need 8; give 8 or 16 with "
+                f"--method {options.method}"
+            )
         for field in _LQER_ONLY if resq else _RESQ_ONLY:
             if getattr(options, field) != cls.model_fields[field].default:
                 owner = "lqer and l2qer" if resq else "resq"

@@ -2,9 +2,10 @@
 
 Two passes over the model, one decoder layer in memory at a time. The first runs the float model and sums second
 moments (-> bases); the second rotates and fuses each layer, quantizes it on what the quantized layers before it put
-out, and keeps its checkpoint tensors in the work folder. Memory: two decoder layers in float32, the calibration
-activations (twice in pass 2: the float model's run beside the quantized one's) and one matrix of second moments. The
-embedding and lm_head wait in the work folder meanwhile.
+out, and keeps its checkpoint tensors in the work folder; lm_head comes last, since its 4-bit columns are rounded for
+what the last layer puts out. Memory: two decoder layers in float32, the calibration activations (twice in pass 2: the
+float model's run beside the quantized one's) and one matrix of second moments. The embedding waits in the work folder
+meanwhile, and lm_head is read when the activations are gone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from offline.pipeline.publish import publish
 from offline.pipeline.served import served_layer
 from offline.pipeline.sites import build_down_layout, build_metadata
 from offline.pipeline.workfolder import WorkFolder
+from offline.quantize.lm_head import head_hessian, reads_calibration
 from offline.report.measure import LayerMeasurement, leading_tokens
 from offline.report.stats import CheckpointStats, LayerErrors, PerplexityRecord
 from offline.rotate.channels import order_down
@@ -93,8 +95,8 @@ class _ResQJob(Job):
 
     def all(self) -> None:
         rotations, energy = self.rotations()
-        self.save_top(rotations)
-        self.layers(rotations, energy)
+        self.save_embedding(rotations)
+        self.save_head(rotations, self.layers(rotations, energy))
         before, after = self.perplexities(
             lambda i: served_layer(self.quantizer, i, self.layer_tensors(i), rotations.layer(i).key)
         )
@@ -135,19 +137,22 @@ class _ResQJob(Job):
         saved.unlink(missing_ok=True)
         return bases
 
-    def save_top(self, rotations: Rotations) -> None:
-        """Embedding, final norm and lm_head into the work folder: they are not needed while layers are quantized.
-
-        In the model's dtype, or lm_head packed; lm_head is untied from the embedding by its rotation.
-        """
-        adapter, source, norm = self.adapter, self.source, self.source.final_norm()
+    def save_embedding(self, rotations: Rotations) -> None:
+        """The embedding into the work folder, in the model's dtype: it is not needed while layers are quantized."""
         if not self.work.has(_EMBEDDING):
-            table = fuse_embedding(source.embedding(), rotations.residual, source.dtype)
-            self.work.save(_EMBEDDING, {adapter.embedding: table})
-            del table
-        if not self.work.has(_HEAD):
-            head = self.head_tensors(lambda rows, dtype: fuse_lm_head(rows, norm, rotations.residual, dtype))
-            self.work.save(_HEAD, {adapter.final_norm: torch.ones_like(norm)} | head)
+            table = fuse_embedding(self.source.embedding(), rotations.residual, self.source.dtype)
+            self.work.save(_EMBEDDING, {self.adapter.embedding: table})
+
+    def save_head(self, rotations: Rotations, hessian: torch.Tensor | None) -> None:
+        """Final norm and lm_head, in the model's dtype or packed, into the work folder; ``hessian``: of its input.
+
+        lm_head is untied from the embedding by its rotation.
+        """
+        if self.work.has(_HEAD):
+            return
+        norm = self.source.final_norm()
+        head = self.head_tensors(lambda rows, dtype: fuse_lm_head(rows, norm, rotations.residual, dtype), hessian)
+        self.work.save(_HEAD, {self.adapter.final_norm: torch.ones_like(norm)} | head)
 
     def embedding(self) -> torch.Tensor:
         return self.work.load(_EMBEDDING)[self.adapter.embedding]
@@ -155,8 +160,11 @@ class _ResQJob(Job):
     def head(self) -> dict[str, torch.Tensor]:
         return self.work.load(_HEAD)
 
-    def layers(self, rotations: Rotations, energy: torch.Tensor) -> None:
-        """Pass 2: every layer's checkpoint tensors into the work folder; energy [L, f]: of down_proj's channels."""
+    def layers(self, rotations: Rotations, energy: torch.Tensor) -> torch.Tensor | None:
+        """Pass 2: every layer's checkpoint tensors into the work folder; energy [L, f]: of down_proj's channels.
+
+        Returns the Hessian [d, d] of lm_head's input where that is still to be rounded by it.
+        """
         batches = make_batches(self.sequences, self.batch_tokens)
         # Rounding to nearest looks at no activations; a sample of them is run for the errors alone.
         batches = leading_tokens(batches) if self.options.rtn else batches
@@ -167,6 +175,9 @@ class _ResQJob(Job):
             for index in range(self.adapter.num_layers):
                 self.layer(index, rotations.layer(index), states, energy[index])
                 update(index + 1, self.adapter.num_layers)
+        if self.work.has(_HEAD) or not reads_calibration(self.metadata.lm_head_site, self.options.rtn):
+            return None
+        return head_hessian(self.runner, torch.ones_like(self.source.final_norm()), states.hiddens)
 
     def layer(self, index: int, rotation: LayerRotation, states: CalibrationStates, energy: torch.Tensor) -> None:
         """One layer of pass 2; states: moved past it."""

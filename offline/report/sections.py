@@ -9,7 +9,7 @@ from offline.report.plots.comparison import perplexity_scatter
 from offline.report.plots.sizes import byte_bars
 from offline.report.stats import PerplexityRecord
 from offline.report.text import byte_size, change, perplexity
-from resq_vllm.formats.metadata import SITES
+from resq_vllm.formats.metadata import LM_HEAD, SITES, LinearSite
 
 AGAIN = "Quantize the model again with this release to have them here."
 
@@ -91,9 +91,9 @@ def size_parts(data: ReportData) -> list[tuple[str, int, int]]:
         ("low-rank corrections", sum(site.correction_bytes for site in found.sites), 0),
         ("embedding", found.embedding_bytes, found.embedding_bytes),
         (
-            f"lm_head ({found.lm_head_bits} bit)",
+            f"lm_head ({found.lm_head_weight_bits:.3g} bit)",
             found.lm_head_bytes,
-            2 * found.lm_head_weights if found.lm_head_bits == 8 else found.lm_head_bytes,
+            found.lm_head_bytes if found.lm_head_bits == 16 else 2 * found.lm_head_weights,
         ),
         ("key rotations (U_C)", found.rotation_bytes, 0),
         ("norms, biases, 16-bit layers", found.other_bytes, found.other_bytes),
@@ -155,10 +155,13 @@ def size(data: ReportData) -> Section:
 
 def recipe(data: ReportData) -> Section:
     """Bits of the sites, options, and the command that serves it."""
+    linears: dict[str, LinearSite] = {name: data.metadata.sites[name] for name in SITES}
+    if data.metadata.lm_head_site is not None:
+        linears[LM_HEAD] = data.metadata.lm_head_site
     sites = Table(
-        "What the inputs and weights of every decoder layer become.",
+        "What the inputs and weights of every linear layer become.",
         ("input of", "columns", "weight bits", "activation bits", "activation scales", "Hadamard blocks"),
-        tuple(_site_row(data, name) for name in SITES),
+        tuple(_site_row(name, site) for name, site in linears.items()),
         text_columns=6,
     )
     kinds: dict[str, int] = {}
@@ -169,9 +172,7 @@ def recipe(data: ReportData) -> Section:
     options = [(key, str(value)) for key, value in data.metadata.recipe.items()]
     options += [("high_fraction", f"{data.metadata.high_fraction:g}"), ("max_tp", str(data.metadata.max_tp))]
     options += [("KV cache, a head", "; ".join(f"{kind} ({count} layers)" for kind, count in kinds.items()))]
-    if data.metadata.lm_head_bits == 8:
-        options += [("lm_head", "8-bit weights, a scale a row; 8-bit inputs, a scale a token")]
-    head = ["lm_head"] * (data.metadata.lm_head_bits == 16)
+    head = [LM_HEAD] * (LM_HEAD not in linears)
     options += [("left in 16 bits", ", ".join(["embedding", *head, "norms", *data.metadata.ignore]))]
     options += [("written by", f"resq-vllm {data.metadata.tool_version}, format {data.metadata.format_version}")]
     table = Table("How it was made.", ("option", "value"), tuple(options), text_columns=2, wrap=True)
@@ -179,8 +180,7 @@ def recipe(data: ReportData) -> Section:
     return Section("recipe", "Recipe and serving", (text,), data.serve_command, tables=(sites, table))
 
 
-def _site_row(data: ReportData, name: str) -> tuple[str, ...]:
-    site = next(spec for key, spec in data.metadata.sites.items() if key == name)
+def _site_row(name: str, site: LinearSite) -> tuple[str, ...]:
     columns = " + ".join(f"{count:,}" for count in (site.low, site.high) if count)
     weights = [site.weight_low_bits] * bool(site.low) + [site.weight_high_bits] * bool(site.high)
     one_scale = site.scales == "token"

@@ -33,7 +33,8 @@ def test_longest_scenario_has_positions() -> None:
     assert max(scenario.prompt + scenario.output for scenario in SCENARIOS) < positions
 
 
-def test_8_bit_lm_head_is_all_that_differs() -> None:
-    plain, head = (CONFIGS[name](SHAPES["small"])["quantization_config"] for name in ("resq", "resq-lm8"))
-    assert QuantizationMetadata.from_dict(head).lm_head_bits == 8
+@pytest.mark.parametrize(("name", "bits"), [("resq-lm8", 8), ("resq-lm4", 4)])
+def test_quantized_lm_head_is_all_that_differs(name: str, bits: int) -> None:
+    plain, head = (CONFIGS[name](SHAPES["small"])["quantization_config"] for name in ("resq", name))
+    assert QuantizationMetadata.from_dict(head).lm_head_bits == bits
     assert {key for key in head if head[key] != plain[key]} == {"lm_head_bits", "format_version"}

@@ -42,7 +42,7 @@ def child(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_contender_has_a_model() -> None:
     assert all(contender.model == "gguf" or contender.model in CONFIGS for contender in CONTENDERS.values())
-    assert CONTENDERS["resq-lm8"].lm_head_bits == 8
+    assert [CONTENDERS[name].lm_head_bits for name in ("resq", "resq-lm8", "resq-lm4")] == [16, 8, 4]
 
 
 def test_engine_is_told_the_longest_request_and_all_streams(setting: Setting) -> None:

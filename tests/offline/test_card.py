@@ -12,7 +12,7 @@ from offline.card import declared_licence, has_chat_template, model_card
 from offline.evaluate.perplexity import Perplexity
 from offline.models.source import ModelSource
 from tests.offline.models.tiny import save_tiny
-from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, METADATA
+from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, FOUR_BIT_HEAD, METADATA
 
 RECIPE = METADATA.model_copy(update={"recipe": {"model": "maker/Base-1B", "method": "GPTQ", "nsamples": 128}})
 BEFORE = Perplexity(10.0, "bundled held-out text", "windows", 16, 16368, 1024)
@@ -84,9 +84,15 @@ def test_recipe_names_every_site_and_option(source: ModelSource) -> None:
 
 def test_lm_head_bits_are_said(source: ModelSource) -> None:
     assert "Embedding, norms and lm_head: 16 bits." in model_card(source, RECIPE, "out", None, None)
+    assert "| lm_head |" not in model_card(source, RECIPE, "out", None, None)
     card = model_card(source, EIGHT_BIT_HEAD, "out", None, None)
-    assert "Embedding and norms: 16 bits. lm_head: 8 bits, a scale a row" in card
+    assert "Embedding and norms: 16 bits." in card
+    assert "| lm_head | 48 | 8 bits | 8 bits, one scale a token and part |" in card
     assert ", lm_head in 8 bits, and a KV cache" in card
+    card = model_card(source, FOUR_BIT_HEAD, "out", None, None)
+    assert "Embedding and norms: 16 bits." in card
+    assert "| lm_head | 42 + 6 | 4 bits / 8 bits | 8 bits / 8 bits, one scale a token and part |" in card
+    assert ", lm_head in 4.5 bits, and a KV cache" in card
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from offline.inspect import CheckpointReport, inspect_checkpoint
 from resq_vllm.errors import ResQError
-from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, write_bases, write_checkpoint
+from tests.offline.pack.tiny_checkpoint import EIGHT_BIT_HEAD, FOUR_BIT_HEAD, write_bases, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,19 @@ def test_eight_bit_lm_head(report: CheckpointReport, tmp_path: Path) -> None:
     out = io.StringIO()
     eight.print(Console(file=out, width=80))
     assert "lm_head (8 bit)" in out.getvalue()
+
+
+def test_four_bit_lm_head(report: CheckpointReport, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "out", metadata=FOUR_BIT_HEAD)
+    four = inspect_checkpoint(tmp_path / "out")
+    assert (four.lm_head_bits, four.lm_head_weight_bits) == (4, 4.5)
+    # 42 columns of half a byte and 6 of one, two scales a row.
+    assert four.lm_head_bytes == 64 * (21 + 6) + 2 * 64 * 4
+    assert (four.average_bits, four.other_bytes) == (report.average_bits, report.other_bytes)
+    assert four.total_bytes == report.total_bytes - report.lm_head_bytes + four.lm_head_bytes
+    out = io.StringIO()
+    four.print(Console(file=out, width=80))
+    assert "lm_head (4.5 bit)" in out.getvalue()
 
 
 def test_kv_cache(report: CheckpointReport) -> None:

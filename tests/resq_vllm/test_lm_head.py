@@ -15,17 +15,29 @@ from resq_vllm import ops, reference
 from resq_vllm.config import ResQConfig
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.plan import linear_plan
+from resq_vllm.formats.weights import unpack_int4
 from resq_vllm.linear import ResQLinearMethod
 from resq_vllm.lm_head import FEW_TOKENS, BFloat16EmbeddingMethod, ResQLMHeadMethod, float_name, is_lm_head
 from tests.resq_vllm.conftest import HEAD_DIM, HIDDEN, VOCAB, quantization_config
 
 Tensors = dict[str, torch.Tensor]
-NAMES = ("weight_high", "weight_high_scale")
+EIGHT: dict[str, Any] = {"format_version": 3, "lm_head_bits": 8}
+FOUR: dict[str, Any] = {"format_version": 4, "lm_head_bits": 4}
+HIGH = 16
+
+
+@pytest.fixture(params=[EIGHT, FOUR], ids=["8 bits", "4 bits"])
+def config(request: pytest.FixtureRequest) -> ResQConfig:
+    return ResQConfig.from_config(quantization_config(**request.param))
 
 
 @pytest.fixture
-def config() -> ResQConfig:
-    return ResQConfig.from_config(quantization_config(format_version=3, lm_head_bits=8))
+def four_bits() -> ResQConfig:
+    return ResQConfig.from_config(quantization_config(**FOUR))
+
+
+def low_columns(config: ResQConfig) -> int:
+    return HIDDEN - HIGH if config.metadata.lm_head_bits == 4 else 0
 
 
 def head_of(config: ResQConfig, prefix: str = "lm_head", vocab: int = VOCAB) -> Any:
@@ -34,10 +46,18 @@ def head_of(config: ResQConfig, prefix: str = "lm_head", vocab: int = VOCAB) -> 
     return ParallelLMHead(vocab, HIDDEN, quant_config=config, prefix=prefix)
 
 
-def stored(seed: int = 0, vocab: int = VOCAB) -> Tensors:
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-128, 128, (vocab, HIDDEN), generator=g, dtype=torch.int8)
-    return dict(zip(NAMES, (codes, torch.rand(vocab, generator=g) * 0.01 + 0.001), strict=True))
+def stored(config: ResQConfig, vocab: int = VOCAB) -> Tensors:
+    """Random checkpoint tensors of the whole vocabulary."""
+    g = torch.Generator().manual_seed(0)
+    low = low_columns(config)
+    tensors = {
+        "weight_high": torch.randint(-128, 128, (vocab, HIDDEN - low), generator=g, dtype=torch.int8),
+        "weight_high_scale": torch.rand(vocab, generator=g) * 0.01 + 0.001,
+    }
+    if low:
+        tensors["weight_low"] = torch.randint(0, 256, (vocab, low // 2), generator=g, dtype=torch.uint8)
+        tensors["weight_low_scale"] = torch.rand(vocab, generator=g) * 0.1 + 0.01
+    return tensors
 
 
 def load(layer: Any, tensors: Tensors) -> None:
@@ -48,7 +68,7 @@ def load(layer: Any, tensors: Tensors) -> None:
 
 def loaded(config: ResQConfig, vocab: int = VOCAB) -> Any:
     layer = head_of(config, vocab=vocab)
-    load(layer, stored(vocab=vocab))
+    load(layer, stored(config, vocab))
     layer.quant_method.process_weights_after_loading(layer)
     return layer
 
@@ -61,12 +81,14 @@ def expected(config: ResQConfig, x: torch.Tensor, vocab: int = VOCAB) -> torch.T
     """Logits of the whole vocabulary by the specification."""
     site = config.metadata.lm_head_site
     assert site is not None
-    codes, scale = stored(vocab=vocab).values()
-    nothing = torch.empty(vocab, 0, dtype=torch.int8)
-    return reference.linear(x, nothing, codes, torch.zeros(vocab), scale, linear_plan(site, HIDDEN, HEAD_DIM))
+    tensors, low, scale = stored(config, vocab), torch.empty(vocab, 0, dtype=torch.int8), torch.zeros(vocab)
+    if site.low:
+        low, scale = unpack_int4(tensors["weight_low"]), tensors["weight_low_scale"]
+    high = tensors["weight_high"], tensors["weight_high_scale"]
+    return reference.linear(x, low, high[0], scale, high[1], linear_plan(site, HIDDEN, HEAD_DIM))
 
 
-def test_eight_bit_head_gets_its_method_and_nothing_else_does(process_group: None, config: ResQConfig) -> None:
+def test_quantized_head_gets_its_method_and_nothing_else_does(process_group: None, config: ResQConfig) -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         UnquantizedEmbeddingMethod,
@@ -96,7 +118,7 @@ def test_ranks_hold_the_vocabulary_in_turn(
         assert layer.num_embeddings_per_partition == 128 // size
         shares.append(layer.quant_method.apply(layer, x, bias=None))
     logits = torch.cat(shares, -1)
-    # Bit for bit: one run, no Hadamard.
+    # Bit for bit: no Hadamard.
     assert torch.equal(logits[:, :vocab], expected(config, x, vocab))
     # What vLLM padded up to a multiple of 64 is a plain 0, as with a 16-bit head.
     assert torch.equal(logits[:, vocab:], torch.zeros(len(x), 128 - vocab))
@@ -137,32 +159,50 @@ def test_checkpoint_tensors_are_freed(rank_of: Callable[[int, int], None], confi
     rank_of(0, 1)
     layer = loaded(config)
     found = {name: parameter.nbytes for name, parameter in layer.named_parameters()}
-    assert found == {"packed_weight": 128 * HIDDEN, "weight_scales": 2 * 128 * 4, "weight_sums": 128 * 4}
+    # Sums by run: one of high columns alone, or one a part.
+    low, runs = low_columns(config), 2 if low_columns(config) else 1
+    weights = 128 * (HIDDEN - low + low // 2)
+    assert found == {"packed_weight": weights, "weight_scales": 2 * 128 * 4, "weight_sums": runs * 128 * 4}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_missing_tensor_is_named(rank_of: Callable[[int, int], None], config: ResQConfig, name: str) -> None:
+def test_padding_of_a_four_bit_head_sums_to_nothing(rank_of: Callable[[int, int], None], four_bits: ResQConfig) -> None:
     rank_of(0, 1)
-    layer = head_of(config)
-    load(layer, {key: tensor for key, tensor in stored().items() if key != name})
+    layer = loaded(four_bits)
+    assert bool((layer.weight_sums[:, :VOCAB] != 0).any(1).all())
+    assert not bool(layer.weight_sums[:, VOCAB:].any())
+    # Inputs far from 0, whose zero points are large: whatever a padded row's codes added up to would show.
+    logits = layer.quant_method.apply(layer, inputs() + 100)
+    assert torch.equal(logits[:, VOCAB:], torch.zeros(5, 128 - VOCAB))
+
+
+@pytest.mark.parametrize("name", ["weight_low", "weight_low_scale", "weight_high", "weight_high_scale"])
+def test_missing_tensor_is_named(rank_of: Callable[[int, int], None], four_bits: ResQConfig, name: str) -> None:
+    rank_of(0, 1)
+    layer = head_of(four_bits)
+    load(layer, {key: tensor for key, tensor in stored(four_bits).items() if key != name})
     with pytest.raises(ResQError, match=rf"the checkpoint lacks all or part of lm_head.{name}; quantize"):
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_tensor_of_the_wrong_shape_or_type_is_named(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
+@pytest.mark.parametrize(
+    ("name", "width", "dtype"), [("low", (HIDDEN - HIGH) // 2, torch.uint8), ("high", 16, torch.int8)]
+)
+def test_tensor_of_the_wrong_shape_or_type_is_named(
+    rank_of: Callable[[int, int], None], four_bits: ResQConfig, name: str, width: int, dtype: torch.dtype
+) -> None:
     rank_of(0, 1)
-    layer = head_of(config)
-    with pytest.raises(ResQError, match=r"lm_head.weight_high has shape \(95, 128\) in the checkpoint"):
-        load(layer, {"weight_high": torch.zeros(VOCAB - 1, HIDDEN, dtype=torch.int8)})
-    with pytest.raises(ResQError, match=r"lm_head.weight_high has shape \(96, 256\) in the checkpoint"):
-        load(layer, {"weight_high": torch.zeros(VOCAB, 2 * HIDDEN, dtype=torch.int8)})
-    with pytest.raises(ResQError, match=r"lm_head.weight_high is torch.bfloat16 in the checkpoint"):
-        load(layer, {"weight_high": torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16)})
+    layer = head_of(four_bits)
+    for shape in ((VOCAB - 1, width), (VOCAB, 2 * width)):
+        words = rf"lm_head.weight_{name} has shape \({shape[0]}, {shape[1]}\) in the checkpoint"
+        with pytest.raises(ResQError, match=words):
+            load(layer, {f"weight_{name}": torch.zeros(shape, dtype=dtype)})
+    with pytest.raises(ResQError, match=rf"lm_head.weight_{name} is torch.bfloat16 in the checkpoint"):
+        load(layer, {f"weight_{name}": torch.zeros(VOCAB, width, dtype=torch.bfloat16)})
 
 
 def test_tied_embedding_is_refused(rank_of: Callable[[int, int], None], config: ResQConfig) -> None:
     rank_of(0, 1)
-    with pytest.raises(ResQError, match="lm_head: an 8-bit lm_head cannot share the embedding's weights"):
+    with pytest.raises(ResQError, match="lm_head: a quantized lm_head cannot share the embedding's weights"):
         head_of(config).tie_weights(torch.nn.Module())
 
 
@@ -185,7 +225,8 @@ def test_dummy_weights_give_finite_logits(rank_of: Callable[[int, int], None], c
 @pytest.mark.parametrize(
     ("changes", "dtype", "words"),
     [
-        ({"format_version": 3, "lm_head_bits": 8}, torch.bfloat16, "linear none; lm_head W8A8; KV"),
+        (EIGHT, torch.bfloat16, "linear none; lm_head W8A8; KV"),
+        (FOUR, torch.bfloat16, "linear none; lm_head W4.50A8; KV"),
         ({}, torch.bfloat16, "linear none; lm_head bf16; KV"),
         ({}, torch.float32, "linear none; lm_head float32; KV"),
     ],

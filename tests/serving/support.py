@@ -1,16 +1,31 @@
-"""Questions to a server: greedy text, likelihoods of a text, and counters."""
+"""The command in a process, and questions to a server: greedy text, likelihoods of a text, and counters."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 
 from benchmarks.client import connect, served_name
+from benchmarks.environment import cpu_binding
 from benchmarks.server import VLLMServer
 from offline.bundled import HELDOUT_TEXT
+
+
+def resq(*arguments: str | Path) -> str:
+    """Run the command with threads for two ranks; returns what it wrote."""
+    # Named here, since the tests' own environment already binds threads for one rank.
+    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cpu_binding(2)}
+    command = [sys.executable, "-m", "offline.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def greedy(client: openai.OpenAI, prompt: str, tokens: int = 24) -> str:

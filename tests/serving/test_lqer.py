@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.environment import cpu_binding
 from offline.bundled import MODEL_DIR
 from offline.evaluate import evaluate_perplexity
+from tests.serving.support import resq
 
 pytestmark = pytest.mark.serving
-
-
-def resq(*arguments: str | Path) -> str:
-    # Named here, since the tests' own environment already binds threads for one rank.
-    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cpu_binding(2)}
-    command = [sys.executable, "-m", "offline.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 def test_served_perplexity_is_that_of_the_reference(tmp_path: Path) -> None:

@@ -48,7 +48,15 @@ def test_three_way_rounds_the_first_columns_to_four_values(make_lab: MakeLab) ->
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("--no-compensate",), ("--o-scales", "kv", "--kv-bits", "8"), ("--lm-head-bits", "8")]
+    "extra",
+    [
+        (),
+        ("--no-compensate",),
+        ("--o-scales", "kv", "--kv-bits", "8"),
+        ("--lm-head-bits", "8"),
+        ("--lm-head-bits", "4"),
+        ("--lm-head-bits", "4", "--rtn"),
+    ],
 )
 def test_row_is_the_checkpoint(extra: tuple[str, ...], tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
@@ -75,6 +83,8 @@ def test_row_is_the_checkpoint(extra: tuple[str, ...], tmp_path: Path) -> None:
         (): {},
         ("--no-compensate",): {"compensate": False},
         ("--lm-head-bits", "8"): {"lm_head_bits": 8},
+        ("--lm-head-bits", "4"): {"lm_head_bits": 4},
+        ("--lm-head-bits", "4", "--rtn"): {"lm_head_bits": 4, "rtn": True},
     }
     engine.add(ResQ(name="checkpoint", **changes.get(extra, {"o_scales": "kv", "kv_bits": (8,)})))
     measured = engine.run("checkpoint", with_model=True)

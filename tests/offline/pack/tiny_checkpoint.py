@@ -33,6 +33,7 @@ METADATA = QuantizationMetadata(
 )
 
 EIGHT_BIT_HEAD = METADATA.model_copy(update={"lm_head_bits": 8, "format_version": format_version(8)})
+FOUR_BIT_HEAD = METADATA.model_copy(update={"lm_head_bits": 4, "format_version": format_version(4)})
 
 
 def orthogonal(dim: int, seed: int) -> torch.Tensor:

@@ -149,8 +149,10 @@ def test_full_disk(
         (["--ignore-layers", "model.layers.9"], "matches no linear layer"),
         (["--ignore-layers", "model.layers.0.self_attn.q_proj"], "fused layer"),
         (["--max-tp", "7"], "max-tp"),
-        (["--lm-head-bits", "4"], "--lm-head-bits"),
+        (["--lm-head-bits", "6"], "--lm-head-bits"),
         (["--lm-head-bits", "8", "--ignore-layers", "lm_head"], "--lm-head-bits 8 and --ignore-layers lm_head"),
+        (["--lm-head-bits", "4", "--ignore-layers", "lm_head"], "--lm-head-bits 4 and --ignore-layers lm_head"),
+        (["--lm-head-bits", "4", "--method", "lqer"], "--lm-head-bits 4 belongs to --method resq"),
     ],
 )
 def test_unsupported_flag_value(

@@ -92,6 +92,26 @@ def test_interrupted_calibration_resumes_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_head_that_gptq_rounds_sees_the_same_activations_again(
+    tiny_model: Path, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = ("--lm-head-bits", "4", "--eval-windows", "0")
+
+    def interrupt(self: object, *rest: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offline.pipeline.run._ResQJob.save_head", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(flags(tiny_model, *four))
+    steps = {path.name for path in (tmp_path / "out.resq-work").iterdir()}
+    assert "layer-00002.safetensors" in steps
+    assert "lm_head.safetensors" not in steps
+    run(flags(tiny_model, *four, "--resume"))
+    run(flags(tiny_model, *four, output="whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_unfinished_work_without_resume_is_refused(interrupted: Path, tiny_model: Path, flags: Flags) -> None:
     with pytest.raises(ResQError, match=r"holds an unfinished run; add --resume"):
         run(flags(tiny_model))

@@ -124,7 +124,15 @@ def test_eight_bit_lm_head(quantize: Quantize, tmp_path: Path) -> None:
     page = page_of(quantize("--rtn", "--lm-head-bits", "8"), tmp_path / "out")
     # 4096 rows of 64 bytes and a float32 scale, beside 128 bytes a row.
     assert "lm_head (8 bit) 272 KiB" in page.text
-    assert "8-bit weights, a scale a row" in page.text
+    assert "lm_head 64 8 8 a token and part" in page.text
+    assert "embedding, norms" in page.text
+
+
+def test_four_bit_lm_head(quantize: Quantize, tmp_path: Path) -> None:
+    page = page_of(quantize("--rtn", "--lm-head-bits", "4"), tmp_path / "out")
+    # 4096 rows of 56 half bytes, 8 whole ones and two float32 scales, beside 128 bytes a row.
+    assert "lm_head (4.5 bit) 176 KiB" in page.text
+    assert "lm_head 56 + 8 4 / 8 8 / 8 a token and part" in page.text
     assert "embedding, norms" in page.text
 
 

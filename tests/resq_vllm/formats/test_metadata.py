@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 
 from resq_vllm.errors import ResQError
-from resq_vllm.formats.metadata import KVLayer, LinearSite, QuantizationMetadata, format_version, high_count
-from resq_vllm.formats.plan import HIGH, LinearPlan, Segment, linear_plan
+from resq_vllm.formats.metadata import (
+    KVLayer,
+    LinearSite,
+    LMHeadBits,
+    QuantizationMetadata,
+    format_version,
+    head_site,
+    high_count,
+)
+from resq_vllm.formats.plan import HIGH, LOW, LinearPlan, Segment, linear_plan
 
 
 def valid() -> dict[str, Any]:
@@ -30,10 +38,12 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 4}, r"config.json: format_version 4 is unknown .* reads formats 1 to 3"),
+        ({"format_version": 5}, r"config.json: format_version 5 is unknown .* reads formats 1 to 4"),
         ({"lm_head_bits": 8}, r"lm_head_bits = 8 is of format 3, not 2"),
-        ({"lm_head_bits": 4, "format_version": 3}, r"field lm_head_bits is invalid"),
-        ({"lm_head_bits": 8, "format_version": 3, "ignore": ["lm_head"]}, r"lm_head is in the ignore list although"),
+        ({"lm_head_bits": 4, "format_version": 3}, r"lm_head_bits = 4 is of format 4, not 3"),
+        ({"lm_head_bits": 6, "format_version": 4}, r"field lm_head_bits is invalid"),
+        ({"lm_head_bits": 8, "format_version": 3, "ignore": ["lm_head"]}, r"lm_head .* although lm_head_bits is 8"),
+        ({"lm_head_bits": 4, "format_version": 4, "ignore": ["lm_head"]}, r"lm_head .* although lm_head_bits is 4"),
         ({"quant_method": "awq"}, r"quant_method is 'awq'.* not quantized by resq"),
         ({"head_dim": 0}, r"field head_dim is invalid"),
         ({"colour": "red"}, r"field colour is invalid"),
@@ -92,8 +102,29 @@ def test_eight_bit_lm_head_is_as_wide_as_the_residual_stream() -> None:
     assert linear_plan(metadata.lm_head_site, 256, 64) == LinearPlan((Segment(256, HIGH, 0),), (8,))
 
 
-def test_only_an_eight_bit_lm_head_asks_for_a_newer_release() -> None:
-    assert (format_version(16), format_version(8)) == (2, 3)
+def test_four_bit_lm_head_has_the_residual_streams_high_columns() -> None:
+    metadata = QuantizationMetadata.from_dict(valid() | {"lm_head_bits": 4, "format_version": format_version(4)})
+    qkv = metadata.sites["qkv"]
+    site = metadata.lm_head_site
+    assert site is not None
+    assert site == LinearSite(low=qkv.low, high=qkv.high, act_low_bits=8)
+    assert (qkv.low, qkv.high) == (224, 32)
+    assert linear_plan(site, 256, 64) == LinearPlan((Segment(224, LOW, 0), Segment(32, HIGH, 1)), (8, 8))
+    assert metadata.lm_head_weight_bits == 4.5
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_bits_of_a_head_without_a_low_part(bits: LMHeadBits) -> None:
+    metadata = QuantizationMetadata.from_dict(valid() | {"lm_head_bits": bits, "format_version": format_version(bits)})
+    assert metadata.lm_head_weight_bits == bits
+
+
+def test_uniform_head_has_no_high_part() -> None:
+    assert head_site(4, 256, 0) == LinearSite(low=256, high=0, act_low_bits=8)
+
+
+def test_only_a_quantized_lm_head_asks_for_a_newer_release() -> None:
+    assert (format_version(16), format_version(8), format_version(4)) == (2, 3, 4)
 
 
 @pytest.mark.parametrize(
