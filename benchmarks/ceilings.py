@@ -32,7 +32,7 @@ def cache_bytes(folder: Path = CACHES) -> int:
     return max((int(found[1]) * _UNITS[found[2]] for found in sizes if found), default=0)
 
 
-def _huge_pages(size: int) -> torch.Tensor:
+def huge_pages(size: int) -> torch.Tensor:
     """float32 numbers of `size` bytes, backed with huge pages where the system has them: fewer TLB misses."""
     area = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -42,7 +42,7 @@ def _huge_pages(size: int) -> torch.Tensor:
 
 def dram_read_bytes_per_second(size: int = READ_BYTES, seconds: float = SECONDS) -> float:
     """Best of sums and matrix-vector products over pieces of a memory larger than the caches, in bytes a second."""
-    matrix = _huge_pages(size).view(-1, 4096)
+    matrix = huge_pages(size).view(-1, 4096)
     vector = torch.ones(4096)
     pieces = itertools.cycle(matrix.split(max(1, CHUNK_BYTES // (4 * 4096))))
     reads = (lambda: torch.sum(next(pieces)), lambda: torch.mv(next(pieces), vector))
