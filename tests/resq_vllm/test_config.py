@@ -47,7 +47,7 @@ def test_from_config_keeps_the_metadata() -> None:
     ("changes", "sentence"),
     [
         ({"surprise": 1}, "config.json quantization_config: field surprise is invalid"),
-        ({"format_version": 4}, "format_version 4 is unknown"),
+        ({"format_version": 5}, "format_version 5 is unknown"),
         ({"quant_method": "gptq"}, "was not quantized by resq"),
         ({"kv_cache": [{"low_bits": 3}]}, "field kv_cache.0.low_bits is invalid"),
     ],
