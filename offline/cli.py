@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from offline.threads import spin_briefly
 from resq_vllm import __version__
 from resq_vllm.errors import ResQError
 
@@ -323,6 +324,7 @@ def write_json(path: Path, value: dict[str, object]) -> None:
 
 def main() -> None:
     """Entry point: a ResQError becomes one sentence on stderr and exit code 2."""
+    spin_briefly()
     try:
         app()
     except ResQError as error:
