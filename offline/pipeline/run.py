@@ -69,6 +69,8 @@ def run(options: QuantizeOptions, resume: bool = False) -> None:
     text = None
     if options.eval_windows:
         text = tokenizer_sequences(tokenizer, load_dataset("bundled"), context, limit=options.eval_windows)
+    if not source.adapter.tied:
+        source.lm_head()  # needed last: a damaged one is to end the run now, not after hours
     runner = LayerRunner(source, device=options.device)
     fingerprint = moments_fingerprint(runner, sequences)
     work = WorkFolder.beside(options.output)

@@ -76,6 +76,18 @@ def test_nan_weight_is_named(model_copy: Path, flags: Flags, refused: Callable[[
     assert name in refused(flags(model_copy))
 
 
+def test_nan_in_lm_head_is_named_before_calibration(
+    model_copy: Path, flags: Flags, refused: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(model_copy, tie_word_embeddings=False)
+    tensors = load_file(model_copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][3, 4] = float("nan")
+    save_file(tensors, model_copy / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("offline.pipeline.run.collect_moments", None)
+    assert "lm_head.weight" in refused(flags(model_copy))
+
+
 def test_wrong_shape_is_named(model_copy: Path, flags: Flags, refused: Callable[[list[str]], str]) -> None:
     tensors = load_file(model_copy / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
