@@ -71,21 +71,25 @@ def quantize_lm_head(
     site: LinearSite,
     hessian: torch.Tensor | None = None,
     fused: Callable[[torch.Tensor], torch.Tensor] = identity,
+    progress: Callable[[int, int], None] | None = None,
 ) -> QuantizedLinear:
     """lm_head [vocab, d] as ``site`` says.
 
     ``hessian`` [d, d] of its input, whose memory is taken, or None to round to nearest; ``fused`` takes any of the
-    table's rows [n, d] to those that are rounded (final norm folded in, rotated). Raises ResQError for weights or a
-    Hessian that are not finite.
+    table's rows [n, d] to those that are rounded (final norm folded in, rotated); ``progress`` is told how many rows
+    are done, and of how many. Raises ResQError for weights or a Hessian that are not finite.
     """
     columns = site.low + site.high
     plan = linear_plan(site, columns, columns)
     device = table.device if hessian is None else hessian.device
     factor = None if hessian is None else factorise(hessian, plan, name=LM_HEAD, consume=True)
     bits, clip = (site.weight_low_bits, site.weight_high_bits), site.low > 0
-    parts = [
-        quantize_linear(fused(rows).to(device), factor, plan, *bits, clip, LM_HEAD) for rows in table.split(ROW_CHUNK)
-    ]
+    parts, done = [], 0
+    for rows in table.split(ROW_CHUNK):
+        parts.append(quantize_linear(fused(rows).to(device), factor, plan, *bits, clip, LM_HEAD))
+        done += len(rows)
+        if progress:
+            progress(done, len(table))
     return replace(
         parts[0],
         low=torch.cat([part.low for part in parts]),

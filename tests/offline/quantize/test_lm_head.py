@@ -101,8 +101,10 @@ def test_chunks_make_no_difference(site: LinearSite, monkeypatch: pytest.MonkeyP
         seen.append(len(rows))
         return rows * 3
 
-    parts = quantize_lm_head(table(), site, moments, fused)
+    told: list[tuple[int, int]] = []
+    parts = quantize_lm_head(table(), site, moments, fused, lambda done, rows: told.append((done, rows)))
     assert seen == [16, 16, 16, 2]
+    assert told == [(16, 50), (32, 50), (48, 50), (50, 50)]
     for name in ("low", "high", "low_scale", "high_scale"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
 
