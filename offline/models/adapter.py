@@ -49,6 +49,9 @@ class ModelAdapter(ABC):
         "down": "mlp.down_proj",
     }
     norm_paths: ClassVar[dict[NormName, str]] = {"input": "input_layernorm", "post": "post_attention_layernorm"}
+    # RMSNorms of every query and key head, where a family has them. They stand before RoPE and U_C, so nothing is fused
+    # into them.
+    head_norm_paths: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         """``config``: a transformers config of this family; raises ResQError when its sizes do not fit together."""
@@ -88,6 +91,11 @@ class ModelAdapter(ABC):
         """Tensor name of the RMSNorm weight before attention ("input") or before the MLP ("post")."""
         return self.layer_prefix(layer) + self.norm_paths[name] + ".weight"
 
+    def norm_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Every RMSNorm weight of decoder layer ``layer`` and its shape."""
+        shapes: dict[str, tuple[int, ...]] = {self.norm(layer, name): (self.hidden_size,) for name in self.norm_paths}
+        return shapes | {f"{self.layer_prefix(layer)}{path}.weight": (self.head_dim,) for path in self.head_norm_paths}
+
     def linear_shape(self, name: LinearName) -> tuple[int, int]:
         """[out, in] of a linear's weight."""
         d, f = self.hidden_size, self.intermediate_size
@@ -98,9 +106,7 @@ class ModelAdapter(ABC):
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Every tensor of decoder layer ``layer`` and its shape."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for norm in self.norm_paths:
-            shapes[self.norm(layer, norm)] = (self.hidden_size,)
+        shapes = self.norm_shapes(layer)
         for name in LINEARS:
             shapes[self.linear(layer, name) + ".weight"] = self.linear_shape(name)
             if self.has_bias(name):

@@ -8,10 +8,11 @@ from offline.models.adapter import ModelAdapter
 from offline.models.llama import LlamaAdapter
 from offline.models.mistral import MistralAdapter
 from offline.models.qwen2 import Qwen2Adapter
+from offline.models.qwen3 import Qwen3Adapter
 from resq_vllm.errors import ResQError
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {
-    adapter.architecture: adapter for adapter in (LlamaAdapter, MistralAdapter, Qwen2Adapter)
+    adapter.architecture: adapter for adapter in (LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter)
 }
 
 

@@ -85,7 +85,7 @@ class LayerQuantizer:
             self.set_rounding(layer, rotation)
         inputs = LayerInputs(layer, states.hiddens, reference, states.reference)
         del reference  # `inputs` lets it go where it has served
-        tensors = {self._adapter.norm(index, n): stored[self._adapter.norm(index, n)] for n in self._adapter.norm_paths}
+        tensors = {name: stored[name] for name in self._adapter.norm_shapes(index)}
         for site in SITES:
             factor = None
             if not self._rtn and not self.site_ignored(index, site):
@@ -161,8 +161,8 @@ class LayerQuantizer:
                     tensors.__getitem__, module, rows, self._metadata.sites[site], self.plans[site]
                 )
                 values[module + ".weight"] = packed.dequantize()
-        for norm in self._adapter.norm_paths:
-            values[self._adapter.norm(index, norm)] = tensors[self._adapter.norm(index, norm)]
+        for name in self._adapter.norm_shapes(index):
+            values[name] = tensors[name]
         return self._loaded(index, values)
 
     def _loaded(self, index: int, tensors: Mapping[str, torch.Tensor], copy: bool = True) -> LoadedLayer:

@@ -133,8 +133,7 @@ class LQERJob(Job):
     def layer(self, index: int, scales: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Checkpoint tensors of layer ``index``."""
         original = self.source.layer_tensors(index)
-        norms = [self.adapter.norm(index, name) for name in self.adapter.norm_paths]
-        tensors = {name: original[name].to(self.source.dtype) for name in norms}
+        tensors = {name: original[name].to(self.source.dtype) for name in self.adapter.norm_shapes(index)}
         for site in SITES:
             scale = None if scales is None else scales[f"{index}.{site}"]
             for name in SITE_LINEARS[site]:

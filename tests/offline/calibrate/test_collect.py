@@ -41,7 +41,7 @@ def direct_moments(model: Any) -> tuple[torch.Tensor, list[torch.Tensor], list[t
     return product(residual), [v.mT @ v for v in by_head], [product(k) for k in keys]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "qwen3"])
 def test_moments_equal_a_direct_computation(family: str, tmp_path: Path) -> None:
     model = save_tiny(family, tmp_path)
     steps: list[tuple[int, int]] = []

@@ -74,6 +74,8 @@ class WrittenOut:
             at = f"model.layers.{layer}"
             normed = rms_norm(x, get(f"{at}.input_layernorm.weight"), epsilon)
             q, k, v = (self.linear(f"{at}.self_attn.{n}_proj", normed).view(len(x), -1, 16) for n in ("q", "k", "v"))
+            if f"{at}.self_attn.q_norm.weight" in self.checkpoint.specs:
+                q, k = (rms_norm(t, get(f"{at}.self_attn.{n}_norm.weight"), epsilon) for n, t in (("q", q), ("k", k)))
             attended = self.attention(layer, rope(q, 10000.0), rope(k, 10000.0), v, windows[layer])
             x = x + self.linear(f"{at}.self_attn.o_proj", attended.flatten(1))
             normed = rms_norm(x, get(f"{at}.post_attention_layernorm.weight"), epsilon)
@@ -90,6 +92,8 @@ class WrittenOut:
         ("llama-bias", [-1, -1, -1], METADATA),
         ("qwen2", [-1, -1, -1], METADATA),
         ("qwen2-window", [-1, 5, 5], METADATA),
+        ("qwen3", [-1, -1, -1], METADATA),
+        ("qwen3-bias", [-1, -1, -1], METADATA),
         ("mistral-window", [5, 5, 5], METADATA),
     ],
 )

@@ -54,7 +54,7 @@ class Unrounded(Method):
 
 
 @pytest.mark.parametrize("name", sorted(EVERY))
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_float_function_is_unchanged(name: str, family: str, make_lab: MakeLab) -> None:
     lab = make_lab(family)
     plain = run_method(lab, ROWS["bf16"]).perplexity[""].value

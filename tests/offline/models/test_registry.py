@@ -46,7 +46,7 @@ def test_head_dim_defaults_to_hidden_over_heads_where_the_config_has_none() -> N
 
 
 def test_unsupported_architecture_is_named_with_the_supported_ones() -> None:
-    with pytest.raises(ResQError, match=r"GPT2LMHeadModel.*LlamaForCausalLM.*Qwen2ForCausalLM"):
+    with pytest.raises(ResQError, match=r"GPT2LMHeadModel.*LlamaForCausalLM.*Qwen2ForCausalLM.*Qwen3ForCausalLM"):
         adapter_for(GPT2Config(architectures=["GPT2LMHeadModel"]))
 
 

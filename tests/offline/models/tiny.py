@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCAB = 64
@@ -32,7 +34,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
 }
-FAMILIES = ("llama", "llama-bias", "qwen2", "qwen2-window", "mistral-window")
+FAMILIES = ("llama", "llama-bias", "qwen2", "qwen2-window", "qwen3", "qwen3-bias", "mistral-window")
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:
@@ -47,6 +49,10 @@ def tiny_model(family: str, seed: int = 0) -> Any:
     elif family == "qwen2-window":
         window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **window, tie_word_embeddings=True))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
+    elif family == "qwen3-bias":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, attention_bias=True))
     elif family == "mistral-window":
         model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5))
     else:

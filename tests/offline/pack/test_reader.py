@@ -48,7 +48,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / SHARD)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "qwen3"])
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 5000])
 def test_reads_what_was_written(family: str, shard_bytes: int, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "out", family, shard_bytes)

@@ -1,14 +1,15 @@
-"""A tiny Llama with random weights and the bundled tokenizer: quantized in about a second."""
+"""Tiny models with random weights and the bundled tokenizer: quantized in about a second."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from offline.bundled import MODEL_DIR
 
@@ -21,21 +22,38 @@ TOKENIZER_FILES = (
 )
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+}
+
+
 def tiny_llama(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return saved(LlamaForCausalLM(LlamaConfig(**SIZES)), folder)
+
+
+def tiny_qwen3(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """With norms of queries and keys away from one, and weights large enough for attention to matter."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, initializer_range=0.2))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.uniform_(0.5, 4.0)
+            layer.self_attn.k_norm.weight.uniform_(0.5, 4.0)
+    return saved(model, folder, dtype)
+
+
+def saved(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    model.to(dtype).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copyfile(MODEL_DIR / name, folder / name)
     return folder
@@ -44,6 +62,12 @@ def tiny_llama(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind of layer that goes through the whole pipeline."""
+    return {"llama": tiny_model, "qwen3": tiny_qwen3(tmp_path_factory.mktemp("models") / "tiny-qwen3")}
 
 
 @pytest.fixture

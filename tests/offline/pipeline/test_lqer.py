@@ -53,10 +53,11 @@ def test_checkpoint_is_complete(tiny_model: Path, flags: Flags, tmp_path: Path) 
     assert "a 16-bit KV cache" in card
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_card_and_whole_model_reference_agree(
-    tiny_model: Path, flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, tiny_models: dict[str, Path], flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(flags(tiny_model, "--method", "l2qer"))
+    run(flags(tiny_models[family], "--method", "l2qer"))
     after = float(capsys.readouterr().out.split("->")[1].split()[0])
     assert evaluate_perplexity(tmp_path / "out", limit=1, progress=False).value == pytest.approx(after, rel=2e-3)
 

@@ -39,10 +39,11 @@ def test_checkpoint_is_complete(tiny_model: Path, flags: Flags, tmp_path: Path) 
     ResQCheckpoint(out)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_card_and_whole_model_reference_agree(
-    tiny_model: Path, flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, tiny_models: dict[str, Path], flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(flags(tiny_model))
+    run(flags(tiny_models[family]))
     printed = capsys.readouterr().out
     after = float(printed.split("->")[1].split()[0])
     assert evaluate_perplexity(tmp_path / "out", limit=1, progress=False).value == pytest.approx(after, rel=1e-3)

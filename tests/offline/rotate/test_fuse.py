@@ -40,7 +40,7 @@ def exact_norms(model: Any) -> Any:
     model = model.double()
     for name, module in list(model.named_modules()):
         if name.endswith("norm"):
-            norm = nn.RMSNorm(D, eps=model.config.rms_norm_eps, dtype=torch.float64)
+            norm = nn.RMSNorm(len(module.weight), eps=model.config.rms_norm_eps, dtype=torch.float64)
             norm.weight = module.weight
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, norm)
