@@ -161,8 +161,8 @@ class LayerQuantizer:
                     tensors.__getitem__, module, rows, self._metadata.sites[site], self.plans[site]
                 )
                 values[module + ".weight"] = packed.dequantize()
-        for name in self._adapter.norm_shapes(index):
-            values[name] = tensors[name]
+        for norm in self._adapter.norm_shapes(index):
+            values[norm] = tensors[norm]
         return self._loaded(index, values)
 
     def _loaded(self, index: int, tensors: Mapping[str, torch.Tensor], copy: bool = True) -> LoadedLayer:

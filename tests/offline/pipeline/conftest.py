@@ -44,7 +44,7 @@ def tiny_llama(folder: Path) -> Path:
 def tiny_qwen3(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """With norms of queries and keys away from one, and weights large enough for attention to matter."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, initializer_range=0.2))
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, initializer_range=0.1))
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_norm.weight.uniform_(0.5, 4.0)
