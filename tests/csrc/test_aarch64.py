@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 AARCH64 = 183  # e_machine
-# torch's libraries here are x86-64's, so nothing is linked. -O1 takes 33 s of processor time, -O0, whose forced inlining
-# leaves huge functions, 91 s.
+# torch's libraries here are x86-64's, so nothing is linked. -O1 takes 33 s of processor time; -O0 takes 91 s, as forced
+# inlining leaves huge functions.
 COMPILER = """#!/bin/sh
 case " $* " in *" -shared "*) exit 0;; esac
 exec {python} -m ziglang c++ -target aarch64-linux-gnu "$@" -O1 -Wno-unknown-warning-option
