@@ -1,8 +1,8 @@
 """Attention over the packed KV cache: backend, metadata, builder and impl, for vLLM's V1 and V2 runners.
 
 One backend class per page layout, since vLLM asks the class (not the layer) how large a page is. K is rotated by U_C,
-quantized and packed, on GPUs by ``do_kv_cache_update``, on CPUs at the begin of ``forward``; that attends every query
-token over the packed pages, its own token's included, so prefill, chunked prefill, prefix-cache hits and decode agree.
+quantized and packed at the begin of ``forward``, which attends every query token over the packed pages, its own
+token's included, so prefill, chunked prefill, prefix-cache hits and decode agree.
 The kernels are those of the platform (resq_vllm.attention_kernels).
 """
 
@@ -41,6 +41,8 @@ class ResQAttentionBackend(AttentionBackend):
     """Base of the per-layout backends; ``layout`` is set by :func:`packed_backend`."""
 
     layout: ClassVar[KVLayout]
+    # Keys and values are packed in forward: on CPUs an op less a layer, on GPUs a launch less.
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
@@ -92,7 +94,6 @@ def packed_backend(layout: KVLayout) -> type[ResQAttentionBackend]:
     body = {
         "layout": layout,
         "get_impl_cls": staticmethod(lambda: impl),
-        "forward_includes_kv_cache_update": kernels().forward_writes,
     }
     return type(f"ResQAttention{name}", (ResQAttentionBackend,), body)
 
@@ -198,18 +199,6 @@ class ResQAttentionImpl(AttentionImpl):
             self._known_cache = kv_cache.data_ptr()
             self.kernels.prepare(kv_cache)
 
-    def do_kv_cache_update(
-        self,
-        layer: Attention,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Pack the new tokens. key, value [T, Hkv, hd] (after RoPE); kv_cache uint8 [blocks, Hkv, N, C]."""
-        self.prepare(kv_cache)
-        self.kernels.write(key, value, kv_cache, slot_mapping, layer.key_rotation, self.layout)
-
     def forward(
         self,
         layer: Attention,
@@ -222,9 +211,8 @@ class ResQAttentionImpl(AttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of query [T, H, hd] over the packed pages into output [T, H, hd], which is returned.
+        """Pack key and value [T, Hkv, hd], then attend for query [T, H, hd] into output [T, H, hd], which is returned.
 
-        Where the backend says ``forward_includes_kv_cache_update``, key and value are packed first.
         Raises ResQError when asked to quantize its output.
         """
         if output_scale is not None or output_block_scale is not None:

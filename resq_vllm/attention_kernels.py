@@ -59,8 +59,6 @@ class CPUKernels:
     preferred_block_size: int | None = None
     # Without one, the runner leaves the order of a batch alone.
     decode_query_len: int | None = None
-    # Python's share of a decode step counts: one op a layer writes and attends.
-    forward_writes = True
 
     def problem(self, heads: Heads) -> str | None:
         """Why such a layer cannot be packed here, as an object of "does not support"; None when it can."""
@@ -81,18 +79,6 @@ class CPUKernels:
     def plan(self, batch: ResQMetadata, common: CommonAttentionMetadata, decode_query_len: int) -> ResQMetadata:
         """What the metadata builder adds to a batch: nothing."""
         return batch
-
-    def write(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        rotation: torch.Tensor,
-        layout: KVLayout,
-    ) -> None:
-        """Pack key and value [T, Hkv, hd] into their slots, as ops.kv_write describes."""
-        ops.kv_write(key, value, kv_cache, slot_mapping, rotation, layout.high, layout.low_bits)
 
     def forward(
         self,
@@ -136,7 +122,6 @@ class GPUKernels:
     # Four tiles of 16 tokens: planes of a page are read in longer pieces than with vLLM's default of one tile.
     preferred_block_size: int | None = 64
     decode_query_len: int | None = 1
-    forward_writes = False
 
     def __init__(self) -> None:
         self._workspaces: dict[torch.device, torch.Tensor] = {}
@@ -184,17 +169,6 @@ class GPUKernels:
         batch.parts, batch.max_seq_len = parts, common.max_seq_len
         return batch
 
-    def write(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        rotation: torch.Tensor,
-        layout: KVLayout,
-    ) -> None:
-        _module().kv_write(key, value, kv_cache, slot_mapping, rotation, layout.high, layout.low_bits)
-
     def forward(
         self,
         query: torch.Tensor,
@@ -208,20 +182,23 @@ class GPUKernels:
         heads: Heads,
         window: int,
     ) -> None:
-        """Attend for the batch's tokens, which :meth:`write` has packed."""
-        attention, workspace = _module().attention, self._workspaces.get(query.device)
+        """Write the batch's tokens and turn its queries, in one launch; attend for them. Padding is left alone."""
+        module, workspace = _module(), self._workspaces.get(query.device)
+        high, low_bits = heads.layout.high, heads.layout.low_bits
+        to_write = query, key, value, kv_cache, output, batch.slot_mapping, batch.query_start_loc
+        module.write_and_rotate(*to_write, rotation, high, low_bits)
         for part in batch.parts:
-            attention(
-                query,
+            module.attention(
+                output,
                 kv_cache,
                 output,
                 part.block_table,
                 part.seq_lens,
                 part.query_start_loc,
-                rotation,
+                None,
                 scale,
-                heads.layout.high,
-                heads.layout.low_bits,
+                high,
+                low_bits,
                 window,
                 part.max_query_len,
                 batch.max_seq_len,

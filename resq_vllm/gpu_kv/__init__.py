@@ -5,6 +5,6 @@ The specification is resq_vllm.reference (kv_write, attention), the pages are re
 
 from resq_vllm.gpu_kv.attention import attention
 from resq_vllm.gpu_kv.schedule import workspace_bytes
-from resq_vllm.gpu_kv.write import kv_write
+from resq_vllm.gpu_kv.write import kv_write, write_and_rotate
 
-__all__ = ["attention", "kv_write", "workspace_bytes"]
+__all__ = ["attention", "kv_write", "workspace_bytes", "write_and_rotate"]

@@ -35,10 +35,11 @@ def attention(
 ) -> None:
     """Causal attention of every query token over its sequence's packed pages (reference.attention), into ``output``.
 
-    query, output [>= T, H, hd] bf16, float16 or float32, not overlapping, last dim contiguous; cache uint8 [blocks,
-    Hkv, N, C] with contiguous pages; block_table int32 [S, blocks], seq_lens int32 [S] (new tokens included),
-    query_start_loc int32 [S+1]; rotation float32 [hd, hd] or None; window: tokens a query sees, itself included, −1 =
-    all. max_query_len, max_seq_len: bounds, host integers. workspace: uint8 [>= workspace_bytes(…)], scratch.
+    query, output [>= T, H, hd] bf16, float16 or float32, last dim contiguous: without overlap, or one tensor where the
+    query is rotated already and rotation None; cache uint8 [blocks, Hkv, N, C] with contiguous pages; block_table int32
+    [S, blocks], seq_lens int32 [S] (new tokens included), query_start_loc int32 [S+1]; rotation float32 [hd, hd] or
+    None; window: tokens a query sees, itself included, −1 = all. max_query_len, max_seq_len: bounds, host integers.
+    workspace: uint8 [>= workspace_bytes(…)], scratch.
 
     The launch follows from shapes, bounds and num_sms alone; nothing is allocated or synchronized, so a CUDA graph can
     hold it. Rows that no sequence covers are left alone, sequences without queries or tokens are skipped. Batches of

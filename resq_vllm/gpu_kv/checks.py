@@ -65,6 +65,33 @@ def check_write(
     check_pages(cache, page, key.shape[1])
 
 
+def check_query(query: torch.Tensor, output: torch.Tensor, key: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+    """Raise ResQError on queries that write_and_rotate does not take beside ``key``."""
+    _require(
+        query.dtype == key.dtype and query.shape[2:] == key.shape[2:],
+        f"query must be {key.dtype} with {key.shape[2]} dims a head like the keys, not {query.dtype} "
+        f"{list(query.shape)}",
+    )
+    _check_alike(query, output)
+    _check_int32("query_start_loc", query_start_loc, (query_start_loc.shape[0],))
+
+
+def _check_alike(query: torch.Tensor, output: torch.Tensor) -> None:
+    _require(
+        query.dtype in _FLOATS and query.shape == output.shape and output.dtype == query.dtype,
+        f"query and output must be alike and bf16, float16 or float32, not {query.dtype} {list(query.shape)} and "
+        f"{output.dtype} {list(output.shape)}",
+    )
+    _require(query.stride(2) == 1 and output.stride(2) == 1, "the last dim of query and output must be contiguous")
+
+
+def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    _require(
+        tensor.dtype == torch.int32 and tensor.shape == shape and tensor.stride(-1) == 1,
+        f"{name} must be int32 {list(shape)} with a contiguous last dim, not {tensor.dtype} {list(tensor.shape)}",
+    )
+
+
 def check_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -76,25 +103,14 @@ def check_attention(
     page: Page,
 ) -> None:
     """Raise ResQError on arguments that attention does not take."""
-    _require(
-        query.dtype in _FLOATS and query.shape == output.shape and output.dtype == query.dtype,
-        f"query and output must be alike and bf16, float16 or float32, not {query.dtype} {list(query.shape)} and "
-        f"{output.dtype} {list(output.shape)}",
-    )
-    _require(query.stride(2) == 1 and output.stride(2) == 1, "the last dim of query and output must be contiguous")
+    _check_alike(query, output)
     _require(
         query.shape[1] % cache.shape[1] == 0,
         f"{query.shape[1]} query heads are no multiple of the KV cache's {cache.shape[1]} heads",
     )
     sequences = seq_lens.shape[0]
-    for name, tensor, shape in (
-        ("seq_lens", seq_lens, (sequences,)),
-        ("query_start_loc", query_start_loc, (sequences + 1,)),
-        ("block_table", block_table, (sequences, block_table.shape[-1])),
-    ):
-        _require(
-            tensor.dtype == torch.int32 and tensor.shape == shape and tensor.stride(-1) == 1,
-            f"{name} must be int32 {list(shape)} with a contiguous last dim, not {tensor.dtype} {list(tensor.shape)}",
-        )
+    _check_int32("seq_lens", seq_lens, (sequences,))
+    _check_int32("query_start_loc", query_start_loc, (sequences + 1,))
+    _check_int32("block_table", block_table, (sequences, block_table.shape[-1]))
     check_rotation(rotation, page.head_dim)
     check_pages(cache, page, cache.shape[1])

@@ -49,8 +49,9 @@ def rotate_rows(
     return total
 
 
-@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["query_start_loc"])
-def _rotate_query(
+@triton.jit
+def rotate_query_rows(
+    program,
     query,
     output,
     rotation,
@@ -65,7 +66,8 @@ def _rotate_query(
     DIMS: tl.constexpr,
     M: tl.constexpr,
 ):
-    row = tl.program_id(0) * M + tl.arange(0, M)
+    """M (token, head) rows of output = query·U_C, those that a sequence covers."""
+    row = program * M + tl.arange(0, M)
     token, head = (row // heads).to(tl.int64), row % heads
     valid = (token >= tl.load(query_start_loc)) & (token < tl.load(query_start_loc + sequences))
     column = tl.arange(0, DIMS)[None, :]
@@ -83,6 +85,40 @@ def _rotate_query(
     )
     place = output + (token * output_token + head * output_head)[:, None] + column
     store_rounded(place, x, valid[:, None] & (column < DIM))
+
+
+@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["query_start_loc"])
+def _rotate_query(
+    query,
+    output,
+    rotation,
+    query_start_loc,
+    sequences,
+    heads,
+    query_token,
+    query_head,
+    output_token,
+    output_head,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    M: tl.constexpr,
+):
+    rotate_query_rows(
+        tl.program_id(0),
+        query,
+        output,
+        rotation,
+        query_start_loc,
+        sequences,
+        heads,
+        query_token,
+        query_head,
+        output_token,
+        output_head,
+        DIM,
+        DIMS,
+        M,
+    )
 
 
 def rotate_query(

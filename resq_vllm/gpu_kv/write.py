@@ -1,4 +1,4 @@
-"""The cache write: rotate, quantize and pack new keys and values, in one launch.
+"""The cache write: rotate, quantize and pack new keys and values, and rotate the queries beside them, in one launch.
 
 A program takes 16 (token, head) rows of the keys or of the values. A low byte's two nibbles are two products with
 differently gathered columns of U_C (or two gathered loads), so nothing is exchanged between lanes. Per row and part:
@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 
 from resq_vllm.gpu_kv.arithmetic import round_half_even
-from resq_vllm.gpu_kv.checks import check_write
+from resq_vllm.gpu_kv.checks import check_query, check_write
 from resq_vllm.gpu_kv.page import Page, key_byte, page_of, value_byte
-from resq_vllm.gpu_kv.rotation import rotate_rows
+from resq_vllm.gpu_kv.rotation import rotate_query, rotate_query_rows, rotate_rows
 
 _ROWS = 16
+# Query rows up to which a batch's queries turn in the launch of the write: with so few, a launch is what counts. More
+# take a launch of their own, 64 rows a program: U_C is read and split into terms a quarter as often.
+FUSED_QUERY_ROWS = 4096
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(65504.0)
 
 
@@ -125,8 +128,19 @@ def _pack(
         _store_scale(page, valid, token, scale, zero, part + 1, P)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slot_mapping"])
+@triton.jit(
+    do_not_specialize=["tokens", "sequences"], do_not_specialize_on_alignment=["slot_mapping", "query_start_loc"]
+)
 def _write(
+    query,
+    output,
+    query_start_loc,
+    sequences,
+    query_heads,
+    query_token,
+    query_head,
+    output_token,
+    output_head,
     key,
     value,
     cache,
@@ -143,21 +157,41 @@ def _write(
     P: tl.constexpr,
     M: tl.constexpr,
     ROTATE: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    t, head = row // heads, row % heads
-    slot = tl.load(slot_mapping + t, mask=t < tokens, other=-1)
-    valid = slot >= 0
-    slot = tl.where(valid, slot, 0)
-    page = cache + (slot // P.tokens) * cache_block + head.to(tl.int64) * cache_head
-    token = (slot % P.tokens).to(tl.int32)
-    t = t.to(tl.int64)
-    if tl.program_id(1) == 0:
-        rows = key + (t * key_token + head * key_head)[:, None]
-        _pack(rows, valid, page, token, rotation, P, M, True, ROTATE)
-    else:
-        rows = value + (t * value_token + head * value_head)[:, None]
-        _pack(rows, valid, page, token, rotation, P, M, False, False)
+    what = tl.program_id(1)  # 0: keys, 1: values, others: queries
+    if what < 2:
+        row = tl.program_id(0) * M + tl.arange(0, M)
+        t, head = row // heads, row % heads
+        slot = tl.load(slot_mapping + t, mask=t < tokens, other=-1)
+        valid = slot >= 0
+        slot = tl.where(valid, slot, 0)
+        page = cache + (slot // P.tokens) * cache_block + head.to(tl.int64) * cache_head
+        token = (slot % P.tokens).to(tl.int32)
+        t = t.to(tl.int64)
+        if what == 0:
+            rows = key + (t * key_token + head * key_head)[:, None]
+            _pack(rows, valid, page, token, rotation, P, M, True, ROTATE)
+        else:
+            rows = value + (t * value_token + head * value_head)[:, None]
+            _pack(rows, valid, page, token, rotation, P, M, False, False)
+    elif QUERIES:
+        rotate_query_rows(
+            (what - 2) * tl.num_programs(0) + tl.program_id(0),
+            query,
+            output,
+            rotation,
+            query_start_loc,
+            sequences,
+            query_heads,
+            query_token,
+            query_head,
+            output_token,
+            output_head,
+            P.head_dim,
+            P.dims,
+            M,
+        )
 
 
 def kv_write(
@@ -178,13 +212,43 @@ def kv_write(
     """
     heads, head_dim = key.shape[1], key.shape[2]
     page = page_of(head_dim, high, low_bits, cache.shape[2])
-    tokens = slot_mapping.shape[0]
     check_write(key, value, cache, slot_mapping, rotation, page)
+    tokens = slot_mapping.shape[0]
     if tokens:
-        _launch(key, value, cache, slot_mapping, rotation, tokens, heads, page)
+        _launch(None, key, value, cache, slot_mapping, rotation, tokens, heads, page)
+
+
+def write_and_rotate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    output: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    rotation: torch.Tensor,
+    high: int,
+    low_bits: int,
+) -> None:
+    """:func:`kv_write`, and output = query·U_C in the rows that query_start_loc covers: what attention reads then.
+
+    query, output [>= T, H, hd] of key's dtype, not overlapping, last dim contiguous; query_start_loc int32 [S+1]. One
+    launch for up to FUSED_QUERY_ROWS query rows, two beyond. Raises ResQError on bad arguments.
+    """
+    page = page_of(key.shape[2], high, low_bits, cache.shape[2])
+    check_write(key, value, cache, slot_mapping, rotation, page)
+    check_query(query, output, key, query_start_loc)
+    tokens, rows = slot_mapping.shape[0], query.shape[0] * query.shape[1]
+    together = tokens > 0 and rows <= FUSED_QUERY_ROWS
+    if tokens:
+        turned = (query, output, query_start_loc) if together else None
+        _launch(turned, key, value, cache, slot_mapping, rotation, tokens, key.shape[1], page)
+    if rows and not together:
+        rotate_query(query, output, query_start_loc, rotation)
 
 
 def _launch(
+    turned: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
@@ -194,7 +258,21 @@ def _launch(
     heads: int,
     page: Page,
 ) -> None:
-    _write[(triton.cdiv(tokens * heads, _ROWS), 2)](
+    """turned: query, output and query_start_loc, where the queries turn in this launch."""
+    programs = triton.cdiv(tokens * heads, _ROWS)
+    # Without queries no program touches them.
+    query, output, starts = turned or (key, key, slot_mapping)
+    of_query = triton.cdiv(query.shape[0] * query.shape[1], _ROWS * programs) if turned else 0
+    _write[(programs, 2 + of_query)](
+        query,
+        output,
+        starts,
+        starts.shape[0] - 1,
+        query.shape[1],
+        query.stride(0),
+        query.stride(1),
+        output.stride(0),
+        output.stride(1),
         key,
         value,
         cache,
@@ -211,5 +289,6 @@ def _launch(
         P=page,
         M=_ROWS,
         ROTATE=rotation is not None,
+        QUERIES=turned is not None,
         num_warps=4,
     )

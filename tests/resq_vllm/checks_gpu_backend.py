@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from resq_vllm import attention_kernels
+from resq_vllm import attention_kernels, reference
 from resq_vllm.attention_kernels import GPUKernels, kernels
 from resq_vllm.vllm_api import CommonAttentionMetadata
 from tests.resq_vllm.test_attention_kernels import BLOCK, LAYOUT, builder, common, layer_and_impl
@@ -41,10 +41,10 @@ def attended(
     kernels().reserve(torch.device("cpu"), impl.heads, 8)
     history = common(SEQ_LENS, SEQ_LENS)
     cache = torch.zeros(9, 2, BLOCK, LAYOUT.bytes_per_token, dtype=torch.uint8)
-    impl.do_kv_cache_update(layer, rows(sum(SEQ_LENS), 2), rows(sum(SEQ_LENS), 2), cache, history.slot_mapping)
+    old = rows(sum(SEQ_LENS), 2), rows(sum(SEQ_LENS), 2)
+    reference.kv_write(*old, cache, history.slot_mapping, layer.key_rotation, LAYOUT)
     tokens = given.num_actual_tokens
     key, value, query = rows(tokens + 2, 2), rows(tokens + 2, 2), rows(tokens + 2, 8)
-    impl.do_kv_cache_update(layer, key, value, cache, given.slot_mapping)
     output = torch.full_like(query, 7.0)
     impl.forward(layer, query, key, value, cache, builder(monkeypatch, speculated).build(0, given), output)
     return output

@@ -41,11 +41,23 @@ class ReferenceModule:
         self.planned.append((*arguments, max_query_len))
         return WORKSPACE_BYTES
 
-    def kv_write(
-        self, key: Any, value: Any, cache: Any, slot_mapping: Any, rotation: Any, high: int, low_bits: int
+    def write_and_rotate(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        output: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        rotation: torch.Tensor,
+        high: int,
+        low_bits: int,
     ) -> None:
         layout = KVLayout(LAYOUT.head_dim, high, low_bits)
         reference.kv_write(key[: len(slot_mapping)], value[: len(slot_mapping)], cache, slot_mapping, rotation, layout)
+        covered = slice(int(query_start_loc[0]), int(query_start_loc[-1]))
+        output[covered] = query[covered] @ rotation
 
     def attention(
         self,
@@ -55,7 +67,7 @@ class ReferenceModule:
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
-        rotation: torch.Tensor,
+        rotation: None,
         scale: float,
         high: int,
         low_bits: int,
@@ -261,8 +273,7 @@ def test_gpu_launches_give_what_the_cpu_gives(
             platform.is_cpu = lambda: True
         layer, impl = layer_and_impl()
         cache = torch.zeros(9, 2, BLOCK, LAYOUT.bytes_per_token, dtype=torch.uint8)
-        impl.do_kv_cache_update(layer, *old, cache, history.slot_mapping)
-        impl.do_kv_cache_update(layer, *new, cache, given.slot_mapping)
+        reference.kv_write(*old, cache, history.slot_mapping, layer.key_rotation, LAYOUT)
         batch: ResQMetadata = builder(monkeypatch).build(0, given)
         outputs[name] = torch.full_like(query, 7.0)
         impl.forward(layer, query, *new, cache, batch, outputs[name])
@@ -291,7 +302,6 @@ def test_workspace_goes_to_every_launch(
     cache = torch.zeros(9, 2, BLOCK, LAYOUT.bytes_per_token, dtype=torch.uint8)
     given = common([1, 1, 17], [34, 29, 40])
     query, key, value = (torch.randn(19, heads, 64) for heads in (8, 2, 2))
-    impl.do_kv_cache_update(layer, key, value, cache, given.slot_mapping)
     impl.forward(layer, query, key, value, cache, builder(monkeypatch).build(0, given), torch.empty_like(query))
     assert [launch["workspace"].numel() for launch in module.launches] == [WORKSPACE_BYTES] * 2
     assert all(launch["num_sms"] == 132 for launch in module.launches)

@@ -262,8 +262,6 @@ def test_attention_impl_contract() -> None:
     ]
     import vllm.model_executor.layers.attention.attention as attention
 
-    source = inspect.getsource(attention.unified_kv_cache_update)
-    assert "impl.do_kv_cache_update(" in source
     # A backend that packs in forward() is not asked to before.
     assert "not self.attn_backend.forward_includes_kv_cache_update" in inspect.getsource(attention.Attention.forward)
 

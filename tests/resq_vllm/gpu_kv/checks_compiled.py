@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resq_vllm.formats.kv_layout import KVLayout
-from resq_vllm.gpu_kv import attention, kv_write, workspace_bytes
+from resq_vllm.gpu_kv import attention, kv_write, workspace_bytes, write_and_rotate
 from resq_vllm.gpu_kv.schedule import PROGRAMS_PER_SM
 from tests.resq_vllm.gpu_kv.offline import Compiled, compile_for
 
@@ -24,7 +24,7 @@ Launch = Callable[[int, str], dict[str, Compiled]]
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """launch(head_dim, "write" | "decode" | "prefill"): what that compiles, by kernel."""
+    """launch(head_dim, "write" | "turn" | "decode" | "prefill"): what that compiles, by kernel."""
     compiled = compile_for(CHIP, tmp_path_factory.mktemp("cubins"))
 
     @cache
@@ -34,8 +34,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         cache = torch.zeros(4, KV_HEADS, BLOCK, layout.bytes_per_token, dtype=torch.uint8)
         query = torch.zeros(TOKENS, KV_HEADS * GROUP, head_dim, dtype=torch.bfloat16)
         key, rotation = query[:, :KV_HEADS], torch.eye(head_dim)
+        slots, starts = torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS + 1, dtype=torch.int32)
         if what == "write":
-            kv_write(key, key, cache, torch.zeros(TOKENS, dtype=torch.int64), rotation, layout.high, 4)
+            kv_write(key, key, cache, slots, rotation, layout.high, 4)
+        elif what == "turn":
+            to_write = query, key, key, cache, torch.zeros_like(query), slots, starts
+            write_and_rotate(*to_write, rotation, layout.high, 4)
         else:
             size = workspace_bytes(TOKENS, KV_HEADS * GROUP, KV_HEADS, head_dim, SMS)
             attention(
@@ -44,7 +48,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
                 torch.zeros_like(query),
                 torch.zeros(TOKENS, 4, dtype=torch.int32),
                 torch.ones(TOKENS, dtype=torch.int32),
-                torch.arange(TOKENS + 1, dtype=torch.int32),
+                starts,
                 rotation,
                 0.1,
                 layout.high,
@@ -65,6 +69,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     ("what", "kernel", "others"),
     [
         ("write", "_write", set()),
+        ("turn", "_write", set()),
         ("decode", "_decode", {"_rotate_query", "_merge"}),
         ("prefill", "_prefill", {"_rotate_query"}),
     ],

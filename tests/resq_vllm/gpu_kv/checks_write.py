@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from resq_vllm import reference
 from resq_vllm.errors import ResQError
-from resq_vllm.gpu_kv import kv_write
+from resq_vllm.gpu_kv import kv_write, write, write_and_rotate
 from tests.resq_vllm.gpu_kv.batches import DEVICE, Shape, fused, rotation
 
 TOKENS = 6
@@ -93,6 +93,53 @@ def test_a_head_of_256_dims() -> None:
     assert int((found != expected).sum()) <= 2
 
 
+@pytest.mark.parametrize("fused_rows", [4096, 0], ids=["one launch", "two launches"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(64, 8, 4, 4, 3, 16), torch.bfloat16),
+        (Shape(128, 16, 4, 8, 1, 64), torch.bfloat16),
+        (Shape(96, 12, 8, 1, 2, 32), torch.float16),
+        (Shape(64, 0, 4, 7, 1, 16), torch.float32),
+    ],
+    ids=str,
+)
+def test_queries_turn_beside_the_write(
+    shape: Shape, dtype: torch.dtype, fused_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries outnumber the written tokens, and some rows before and behind the sequences are not theirs."""
+    monkeypatch.setattr(write, "FUSED_QUERY_ROWS", fused_rows)
+    g = torch.Generator().manual_seed(4)
+    query, key, value = fused(TOKENS + 9, shape, dtype, g)
+    turn = rotation(shape.head_dim, g)
+    slots, starts = torch.tensor([5, -1, 40, 17, 0, 1]), torch.tensor([2, 3, 3, TOKENS + 5], dtype=torch.int32)
+    cache = torch.full((3, shape.kv_heads, shape.block, shape.layout.bytes_per_token), 0xA5, dtype=torch.uint8)
+    alone = written_there(key, value, cache.clone(), slots, turn, shape.high, shape.low_bits)
+    there, output = cache.to(DEVICE), torch.full_like(query, 77.0, memory_format=torch.contiguous_format, device=DEVICE)
+    q, k, v = (x.to(DEVICE) for x in (query, key, value))
+    where = slots.to(DEVICE), starts.to(DEVICE)
+    write_and_rotate(q, k, v, there, output, *where, turn.to(DEVICE), shape.high, shape.low_bits)
+    assert torch.equal(there.cpu(), alone)
+    found, covered = output.cpu(), slice(2, TOKENS + 5)
+    exact = query.double() @ turn.double()
+    allowed = (query.float() @ turn).to(dtype).double() - exact
+    assert float((found.double() - exact)[covered].abs().max()) <= 2 * float(allowed[covered].abs().max())
+    assert bool((found[:2] == 77.0).all())
+    assert bool((found[TOKENS + 5 :] == 77.0).all())
+
+
+def test_queries_turn_where_no_token_is_written() -> None:
+    shape = Shape(64, 8, 4, 4, 1, 16)
+    g = torch.Generator().manual_seed(4)
+    query, key, value = (x.to(DEVICE) for x in fused(3, shape, torch.float32, g))
+    turn, cache = rotation(64, g), torch.zeros(1, 1, 16, shape.layout.bytes_per_token, dtype=torch.uint8, device=DEVICE)
+    output, none = torch.zeros_like(query, memory_format=torch.contiguous_format), torch.zeros(0, dtype=torch.int64)
+    starts = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
+    write_and_rotate(query, key, value, cache, output, none.to(DEVICE), starts, turn.to(DEVICE), 8, 4)
+    assert not cache.any()
+    torch.testing.assert_close(output.cpu(), query.cpu() @ turn, rtol=1e-4, atol=1e-4)
+
+
 def test_zeros_get_scale_one_and_a_large_value_saturates() -> None:
     shape = Shape(64, 8, 4, 1, 1, 16)
     key = torch.zeros(2, 1, 64)
@@ -129,5 +176,12 @@ def test_refusals() -> None:
         kv_write(key, key, cache, slots, torch.zeros(32, 32), 8, 4)
     with pytest.raises(ResQError, match=r"uint8 \[blocks, 1, N, C\]"):
         kv_write(key, key, cache.int(), slots, None, 8, 4)
+    starts = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ResQError, match=r"64 dims a head like the keys, not torch.float16"):
+        write_and_rotate(key.half(), key, key, cache, key.half(), slots, starts, torch.eye(64), 8, 4)
+    with pytest.raises(ResQError, match=r"query and output must be alike"):
+        write_and_rotate(key, key, key, cache, key[:2], slots, starts, torch.eye(64), 8, 4)
+    with pytest.raises(ResQError, match=r"query_start_loc must be int32 \[2\]"):
+        write_and_rotate(key, key, key, cache, key, slots, starts.long(), torch.eye(64), 8, 4)
     with pytest.raises(ResQError, match=r"multiple of 16, not 8"):
         kv_write(key, key, cache[:, :, :8], slots, None, 8, 4)
