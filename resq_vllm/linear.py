@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_vllm import cuda, fusion_cpu, low_rank, ops
+from resq_vllm import cuda, fusion_cpu, low_rank, ops, wide_hadamard
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.metadata import LinearSite
 from resq_vllm.formats.plan import LinearPlan, linear_plan
@@ -101,6 +101,7 @@ class ResQLinearMethod(LinearMethodBase):
                 params_dtype,
             )
         layer.resq_plan, layer.resq_loads, layer.resq_output_sizes = plan, loads, list(output_partition_sizes)
+        layer.resq_dtype = params_dtype
         engine = get_current_vllm_config()
         layer.resq_dummy = engine.load_config.load_format == "dummy"
         if current_platform.is_cuda():
@@ -142,6 +143,10 @@ class ResQLinearMethod(LinearMethodBase):
         _parameter(layer, "weight_scales", weight_scale_rows(low_scale, high_scale))
         k = plan.hadamard_k
         _parameter(layer, "hadamard_k", hadamard_matrix(k).float().to(packed.device) if k > 1 else None)
+        try:
+            layer.resq_wide = wide_hadamard.needed(plan, packed.device, layer.resq_dtype)
+        except ResQError as error:
+            raise ResQError(f"{layer.prefix}: {error}") from error
         second = _take(layer, low_rank.SECOND)
         _parameter(layer, low_rank.FIRST, _take(layer, low_rank.FIRST))
         _parameter(layer, low_rank.SECOND, None if second is None else low_rank.join(second, layer.resq_output_sizes))
@@ -157,10 +162,19 @@ class ResQLinearMethod(LinearMethodBase):
             y = ops.linear_planned(x, *weight, bias, layer.resq_plan_tensor, layer.hadamard_k)
         else:
             # A plan on the CPU would keep the layer out of CUDA graphs.
-            plan: LinearPlan = layer.resq_plan
-            lists, n = (layer.resq_segments, plan.group_bits), layer.weight_scales.shape[1]
-            y = ops.linear(x, *weight, bias, n, *lists, plan.hadamard_groups, layer.hadamard_k, plan.weight_group)
+            y = _linear_by_lists(layer, x, bias)
         return y if layer.low_rank_a is None else y + (x @ layer.low_rank_a) @ layer.low_rank_b
+
+
+def _linear_by_lists(layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    weight = layer.packed_weight, layer.weight_scales, layer.weight_sums
+    plan: LinearPlan = layer.resq_plan
+    lists, n = (layer.resq_segments, plan.group_bits), layer.weight_scales.shape[1]
+    if not layer.resq_wide:
+        groups, dense = plan.hadamard_groups, layer.hadamard_k
+        return ops.linear(x, *weight, bias, n, *lists, groups, dense, plan.weight_group)
+    values = torch.ops.resq.wide_hadamard(x, plan.hadamard_groups, layer.hadamard_k)
+    return ops.linear(values, *weight, bias, n, *lists, 0, None, plan.weight_group).to(x.dtype)
 
 
 class _Loads:
