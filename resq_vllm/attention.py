@@ -138,6 +138,7 @@ class ResQMetadataBuilder(AttentionMetadataBuilder):
         if self._kernels.decode_query_len is not None:
             # A speculated token's verification is a decode, too.
             self._init_reorder_batch_threshold(self._kernels.decode_query_len, supports_spec_as_decode=True)
+        warm_up_layers(vllm_config, layer_names, kv_cache_spec, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
@@ -225,6 +226,17 @@ class ResQAttentionImpl(AttentionImpl):
         of_layer = layer.key_rotation, self.scale, self.heads, self.sliding_window
         self.kernels.forward(query, key, value, kv_cache, output, attn_metadata, *of_layer)
         return output
+
+
+def warm_up_layers(
+    vllm_config: VllmConfig, layer_names: list[str], kv_cache_spec: AttentionSpec, device: torch.device
+) -> None:
+    """Compile the kernels of these layers, which share a page size, before vLLM captures graphs and serves."""
+    model = vllm_config.model_config
+    for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
+        impl: ResQAttentionImpl = layer.impl
+        sizes = kv_cache_spec.block_size, impl.sliding_window, model.max_model_len
+        impl.kernels.warm_up(device, model.dtype, impl.heads, *sizes)
 
 
 def require_all_packed(vllm_config: VllmConfig) -> None:

@@ -8,6 +8,7 @@ the model is loaded, before vLLM measures what is left for the cache, once a dev
 from __future__ import annotations
 
 import importlib
+import time
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -18,6 +19,7 @@ import torch
 from resq_vllm import cuda, ops
 from resq_vllm.errors import ResQError
 from resq_vllm.formats.kv_layout import KVLayout
+from resq_vllm.log import logger
 from resq_vllm.vllm_api import AttentionCGSupport, CommonAttentionMetadata, current_platform, split_decodes_and_prefills
 
 if TYPE_CHECKING:
@@ -70,6 +72,11 @@ class CPUKernels:
 
     def reserve(self, device: torch.device, heads: Heads, max_seqs: int) -> None:
         """The CPU's kernels keep their own scratch."""
+
+    def warm_up(
+        self, device: torch.device, dtype: torch.dtype, heads: Heads, block_size: int, window: int, max_seq_len: int
+    ) -> None:
+        """The CPU's kernels are compiled when the package is built."""
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
         """Called once with every new cache."""
@@ -125,6 +132,7 @@ class GPUKernels:
 
     def __init__(self) -> None:
         self._workspaces: dict[torch.device, torch.Tensor] = {}
+        self._warm: set[tuple[object, ...]] = set()
 
     def problem(self, heads: Heads) -> str | None:
         name = current_platform.get_device_name()
@@ -151,6 +159,32 @@ class GPUKernels:
         present = self._workspaces.get(device)
         if size and (present is None or present.numel() < size):
             self._workspaces[device] = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def warm_up(
+        self, device: torch.device, dtype: torch.dtype, heads: Heads, block_size: int, window: int, max_seq_len: int
+    ) -> None:
+        """Compile what such a layer's batches take, once for all layers alike; see gpu_kv.warm_up for the reason."""
+        kind = device, dtype, heads, block_size, window, max_seq_len
+        if kind in self._warm:
+            return
+        self._warm.add(kind)
+        begin, layout = time.perf_counter(), heads.layout
+        _module().warm_up(
+            dtype,
+            device,
+            heads.query,
+            heads.kv,
+            layout.head_dim,
+            layout.high,
+            layout.low_bits,
+            block_size,
+            layout.bytes_per_token,
+            window,
+            max_seq_len,
+            self._workspaces.get(device),
+            num_sms=multiprocessors(device),
+        )
+        logger.info("packed KV cache: kernels compiled or loaded in %.1f s", time.perf_counter() - begin)
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
         """A GPU's memory needs none."""

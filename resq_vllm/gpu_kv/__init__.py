@@ -5,6 +5,7 @@ The specification is resq_vllm.reference (kv_write, attention), the pages are re
 
 from resq_vllm.gpu_kv.attention import attention
 from resq_vllm.gpu_kv.schedule import workspace_bytes
+from resq_vllm.gpu_kv.warm_up import warm_up
 from resq_vllm.gpu_kv.write import kv_write, write_and_rotate
 
-__all__ = ["attention", "kv_write", "workspace_bytes", "write_and_rotate"]
+__all__ = ["attention", "kv_write", "warm_up", "workspace_bytes", "write_and_rotate"]

@@ -46,10 +46,12 @@ def load_query_block(rows, valid, scale, P: tl.constexpr):
 @triton.jit
 def start_block(M: tl.constexpr, P: tl.constexpr):
     """Running maximum (base 2), sum of probabilities [M], and the accumulators [M, dims]: low, high."""
-    halves: tl.constexpr = 2 if P.low_bits == 4 else 1
-    sums = (tl.zeros((M, halves * P.lanes), tl.float32),)
+    # Named, since Triton 3.6 takes no attribute of a constexpr as a shape.
+    low_dims: tl.constexpr = (2 if P.low_bits == 4 else 1) * P.lanes
+    high_dims: tl.constexpr = P.high_dims
+    sums = (tl.zeros((M, low_dims), tl.float32),)
     if P.high > 0:
-        sums = sums + (tl.zeros((M, P.high_dims), tl.float32),)
+        sums = sums + (tl.zeros((M, high_dims), tl.float32),)
     return tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), sums
 
 
@@ -61,7 +63,7 @@ def _float16_codes(words, shift, MASK: tl.constexpr):
 
 @triton.jit
 def _scale_zero(scales, zeros, there, row: tl.constexpr):
-    """float16 [N]: scales, 0 behind the sequence's end (whatever lies there), and 1024 + zero points."""
+    """float16 [N]: scales, 0 where no row may look (whatever lies there), and 1024 + zero points."""
     N: tl.constexpr = there.shape[0]
     j = tl.arange(0, 4)[None, :]
     scale = tl.reshape(scales[row][:, None] >> (16 * j).to(tl.uint64), (N,)).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -122,6 +124,9 @@ def attend_block(
     token = start + tl.arange(0, N)
     quads = start // 4 + tl.arange(0, N // 4)
     there = token < length
+    seen = there
+    if WINDOWED:
+        seen = there & (token > tl.min(position, 0) - window)
     if P.tokens % N == 0:
         page = cache + tl.load(table + start // P.tokens).to(tl.int64) * cache_block
         quad_page = page
@@ -149,11 +154,11 @@ def attend_block(
     p = tl.exp2(scores - finite[:, None])
     alpha = tl.exp2(maximum - finite)
     weight = p.to(tl.float16)
-    value_scale, value_zero = _scale_zero(scales, zeros, there, P.parts)
+    value_scale, value_zero = _scale_zero(scales, zeros, seen, P.parts)
     values = _values(quad_page + P.value_low, quad, value_scale, value_zero, P.low_width, P.lanes, P.low_bits)
     result = (tl.dot(weight, values, sums[0] * alpha[:, None], input_precision="ieee"),)
     if P.high > 0:
-        value_scale, value_zero = _scale_zero(scales, zeros, there, P.parts + 1)
+        value_scale, value_zero = _scale_zero(scales, zeros, seen, P.parts + 1)
         values = _values(quad_page + P.value_high, quad, value_scale, value_zero, P.high_width, P.high_dims, 8)
         result = result + (tl.dot(weight, values, sums[1] * alpha[:, None], input_precision="ieee"),)
     return new, total * alpha + tl.sum(p, 1), result

@@ -4,7 +4,7 @@ heads, and one split of the context; a second kernel merges the splits.
 On paper, for an H200 (132 processors, 4.8 TB/s: 36 bytes a nanosecond each; not run on a GPU). Per token and kv head C
 bytes are read once: 156 at head_dim 128 (bf16: 512), in 16-byte copies of 64 and more contiguous bytes, every sector
 whole. A program is one warp: up to 16 query rows fit one warp's tensor-core tile, and more warps would repeat its work.
-Eight are resident, with two tiles of 64 tokens in flight each: 160 KB a processor, six times what hides 0.7 µs. A tile
+Seven are resident, with a tile of 64 tokens on its way to each: 70 KB a processor, 2.7 times what hides 0.7 µs. A tile
 takes 2500 instructions (72 of them tensor-core products), 625 clocks at 4 a clock against 480 clocks of memory: the
 bound is unpacking, at 2.5 times the speed of bf16's bytes.
 """
@@ -21,12 +21,22 @@ from resq_vllm.gpu_kv.schedule import TOKENS_PER_SPLIT, decode_tile
 from resq_vllm.gpu_kv.tile import attend, load_query, start_state, store_dims
 
 # Not worth a compilation of its own while serving: a slice of a batch begins anywhere.
-ANY_ALIGNMENT = ("partial", "log_sums", "block_table", "seq_lens", "query_start_loc")
+ANY_ALIGNMENT = ("block_table", "seq_lens", "query_start_loc")
 
 
 @triton.jit
 def _store_float(pointer, x, mask):
     tl.store(pointer, x, mask=mask)
+
+
+@triton.jit
+def _halves(workspace, sequences, of_sequence, DIM: tl.constexpr):
+    """Pointers to the partial results and to their log-sums, of which a sequence has ``of_sequence``.
+
+    Bytes, so that a launch without splits, whose workspace may be any tensor of bytes, is the same kernel.
+    """
+    partial = workspace.to(tl.pointer_type(tl.float32))
+    return partial, partial + sequences.to(tl.int64) * of_sequence * DIM
 
 
 @triton.jit
@@ -39,19 +49,19 @@ def _tiles(length, queries, window, splits, N: tl.constexpr, LEAST: tl.constexpr
     return begin, end, tl.maximum(tl.cdiv(end - begin, splits), LEAST)
 
 
-@triton.jit(do_not_specialize=["window", "splits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=["window", "splits", "rows", "table_row"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _decode(
     query,  # rotated
     cache,
     output,
-    partial,  # float32 [S, Hkv, ROWS, splits, DIM]
-    log_sums,  # float32 [S, Hkv, ROWS, splits]
+    workspace,  # bytes of float32 [S, Hkv, rows, splits, DIM] and [S, Hkv, rows, splits]: of _halves
     block_table,
     seq_lens,
     query_start_loc,
     scale,
     window,
     splits,
+    rows,
     query_token,
     query_head,
     output_token,
@@ -61,7 +71,6 @@ def _decode(
     table_row,
     P: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     LEAST: tl.constexpr,
@@ -95,26 +104,26 @@ def _decode(
             store_dims(out_rows, sums, factor, valid[None, :], P, store_rounded)
         else:
             heads = tl.num_programs(1)
-            place = ((sequence.to(tl.int64) * heads + head) * ROWS + row) * splits + split
+            partial, log_sums = _halves(workspace, tl.num_programs(2), heads * rows * splits, P.head_dim)
+            place = ((sequence.to(tl.int64) * heads + head) * rows + row) * splits + split
             store_dims(partial + place[None, :] * P.head_dim, sums, factor, valid[None, :], P, _store_float)
             tl.store(log_sums + place, maximum + tl.log2(total), mask=valid)
 
 
-@triton.jit(do_not_specialize=["window", "splits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=["window", "splits", "rows"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _merge(
     output,
-    partial,
-    log_sums,
+    workspace,
     seq_lens,
     query_start_loc,
     window,
     splits,
+    rows,
     output_token,
     output_head,
     DIM: tl.constexpr,
     DIMS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     N: tl.constexpr,
     LEAST: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -126,7 +135,9 @@ def _merge(
     begin, end, step = _tiles(length, queries, window, splits, N, LEAST)
     used = tl.cdiv(end - begin, step)
     if (used > 1) & (row < queries * GROUP):
-        place = ((sequence.to(tl.int64) * tl.num_programs(1) + head) * ROWS + row) * splits
+        heads = tl.num_programs(1)
+        partial, log_sums = _halves(workspace, tl.num_programs(2), heads * rows * splits, DIM)
+        place = ((sequence.to(tl.int64) * heads + head) * rows + row) * splits
         dim = tl.arange(0, DIMS)
         inside = dim < DIM
         maximum = float("-inf")
@@ -171,26 +182,21 @@ def decode(
     group = query.shape[1] // kv_heads
     rows = max_query_len * group
     tile = decode_tile(page.head_dim)
-    # Without splits no program touches them.
-    partial = log_sums = seq_lens
-    if splits > 1:
-        assert workspace is not None
-        count = sequences * kv_heads * rows * splits
-        floats = workspace.view(torch.float32)
-        partial, log_sums = floats[: count * page.head_dim], floats[count * page.head_dim :]
-    constants = {"GROUP": group, "ROWS": rows, "N": tile.tokens, "LEAST": TOKENS_PER_SPLIT // tile.tokens}
+    # Without splits no program touches the workspace.
+    scratch = cache if workspace is None else workspace.view(torch.uint8)
+    constants = {"GROUP": group, "N": tile.tokens, "LEAST": TOKENS_PER_SPLIT // tile.tokens}
     _decode[(splits, kv_heads, sequences)](
         query,
         cache,
         output,
-        partial,
-        log_sums,
+        scratch,
         block_table,
         seq_lens,
         query_start_loc,
         scale,
         window,
         splits,
+        rows,
         query.stride(0),
         query.stride(1),
         output.stride(0),
@@ -202,23 +208,25 @@ def decode(
         M=8 if rows <= 8 else 16,
         WINDOWED=window > 0,
         num_warps=tile.warps,
+        enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
         num_stages=tile.stages,
         **constants,
     )
     if splits > 1:
         _merge[(rows, kv_heads, sequences)](
             output,
-            partial,
-            log_sums,
+            scratch,
             seq_lens,
             query_start_loc,
             window,
             splits,
+            rows,
             output.stride(0),
             output.stride(1),
             DIM=page.head_dim,
             DIMS=page.dims,
             CHUNK=64,
             num_warps=4,
+            enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
             **constants,
         )

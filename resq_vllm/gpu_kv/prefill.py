@@ -1,7 +1,8 @@
 """Prefill and mixed batches: causal blocked attention straight over the packed pages, the numbers that decode sees.
 
 A program takes a block of one sequence's query tokens with all query heads of a kv head. Blocks of all sequences are
-numbered so that a program finds its sequence from query_start_loc alone; those past a sequence's end leave at once.
+numbered so that a program finds its sequence from query_start_loc alone, wherever in a batch that begins; those past
+a sequence's end leave at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from resq_vllm.gpu_kv.schedule import prefill_tile
 
 @triton.jit
 def _sequence_of(block, query_start_loc, sequences, QUERIES: tl.constexpr):
-    """The last sequence s whose first block, query_start_loc[s] // QUERIES + s, is not after ``block``."""
+    """The last sequence s whose first block, query_start_loc[s] // QUERIES + s, is not after ``block``.
+
+    ``block`` counts from query_start_loc[0] // QUERIES.
+    """
     low, high = 0, sequences
     while high - low > 1:
         middle = (low + high) // 2
@@ -30,7 +34,7 @@ def _sequence_of(block, query_start_loc, sequences, QUERIES: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["window", "sequences"],
+    do_not_specialize=["window", "sequences", "table_row"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
 )
 def _prefill(
@@ -59,7 +63,7 @@ def _prefill(
 ):
     head = tl.program_id(0)
     # The last blocks of a prompt have the longest contexts: they start first.
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    block = tl.num_programs(1) - 1 - tl.program_id(1) + tl.load(query_start_loc) // QUERIES
     sequence = _sequence_of(block, query_start_loc, sequences, QUERIES)
     first = tl.load(query_start_loc + sequence)
     queries = tl.load(query_start_loc + sequence + 1) - first
@@ -79,7 +83,7 @@ def _prefill(
         last = tl.minimum(past + QUERIES, length)
         state = start_block(M, P)
         pages = cache + head.to(tl.int64) * cache_head
-        table = block_table + sequence * table_row
+        table = block_table + sequence.to(tl.int64) * table_row
         begin = 0
         end = tl.cdiv(last, N)
         if WINDOWED:
@@ -154,5 +158,6 @@ def prefill(
         WINDOWED=window > 0,
         N=tile.tokens,
         num_warps=tile.warps,
+        enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
         num_stages=tile.stages,
     )

@@ -145,4 +145,5 @@ def rotate_query(
         DIMS=max(16, triton.next_power_of_2(head_dim)),
         M=rows,
         num_warps=4,
+        enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
     )

@@ -49,10 +49,12 @@ def load_query(rows, valid, P: tl.constexpr):
 @triton.jit
 def start_state(M: tl.constexpr, P: tl.constexpr):
     """Running maximum (base 2), sum of probabilities [M], and the accumulators [dims, M]: low, high."""
-    halves: tl.constexpr = 2 if P.low_bits == 4 else 1
-    sums = (tl.zeros((halves * P.lanes, M), tl.float32),)
+    # Named, since Triton 3.6 takes no attribute of a constexpr as a shape.
+    low_dims: tl.constexpr = (2 if P.low_bits == 4 else 1) * P.lanes
+    high_dims: tl.constexpr = P.high_dims
+    sums = (tl.zeros((low_dims, M), tl.float32),)
     if P.high > 0:
-        sums = sums + (tl.zeros((P.high_dims, M), tl.float32),)
+        sums = sums + (tl.zeros((high_dims, M), tl.float32),)
     return tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), sums
 
 
@@ -130,7 +132,7 @@ def _scores(query, page, quad, scales, zeros, P: tl.constexpr, Q: tl.constexpr):
 @triton.jit
 def _weighted(p, codes, scale, zero, there):
     """Σ_n p'·(c − z), float32 [dims, M]."""
-    # A scale behind the sequence's end may be anything, NaN included.
+    # A scale behind the sequence's end, or before its window in a page given up, may be anything, NaN included.
     weight = as_bf16(p * tl.where(there, scale, 0.0)[:, None])
     product = tl.dot(codes, weight, input_precision="ieee")
     return product - tl.sum(weight.to(tl.float32) * zero[:, None], 0)[None, :]
@@ -138,7 +140,7 @@ def _weighted(p, codes, scale, zero, there):
 
 @triton.jit
 def _values(p, sums, alpha, page, quad, scales, zeros, there, P: tl.constexpr, Q: tl.constexpr):
-    """The accumulators after this tile. p [4·Q, M]; alpha [M]; there [4·Q]: tokens before the sequence's end."""
+    """The accumulators after this tile. p [4·Q, M]; alpha [M]; there [4·Q]: tokens that some row may see."""
     OFFSET: tl.constexpr = 128.0 if P.low_bits == 4 else 0.0
     codes = _value_codes(page + P.value_low, quad, P.low_width, P.lanes, P.low_bits, Q)
     scale, zero = _scale_zero(scales, zeros, P.parts, OFFSET)
@@ -190,12 +192,15 @@ def attend(
         if WINDOWED:
             visible = visible & (token[:, None] > position[None, :] - window)
         scores = tl.where(visible, scores, float("-inf"))
+    there = token < length
+    if WINDOWED:
+        there = there & (token > tl.min(position, 0) - window)
     new = tl.maximum(maximum, tl.max(scores, 0))
     # A row that has seen nothing yet keeps 0 everywhere instead of exp2(-inf + inf).
     finite = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(scores - finite[None, :])
     alpha = tl.exp2(maximum - finite)
-    sums = _values(p, sums, alpha, page, quad, scales, zeros, token < length, P, Q)
+    sums = _values(p, sums, alpha, page, quad, scales, zeros, there, P, Q)
     return new, total * alpha + tl.sum(p, 0), sums
 
 

@@ -291,4 +291,5 @@ def _launch(
         ROTATE=rotation is not None,
         QUERIES=turned is not None,
         num_warps=4,
+        enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
     )

@@ -236,6 +236,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> ResQMetadataBuilder:
     import resq_vllm.attention as attention
 
     monkeypatch.setattr(attention, "require_all_packed", lambda config: None)
+    monkeypatch.setattr(attention, "warm_up_layers", lambda *arguments: None)
     built: ResQMetadataBuilder = ResQMetadataBuilder(None, ["layer"], SimpleNamespace(), torch.device("cpu"))
     return built
 

@@ -36,6 +36,10 @@ class ReferenceModule:
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
         self.planned: list[tuple[Any, ...]] = []
+        self.warm: list[tuple[Any, ...]] = []
+
+    def warm_up(self, *arguments: Any, num_sms: int) -> None:
+        self.warm.append((*arguments, num_sms))
 
     def workspace_bytes(self, *arguments: Any, max_query_len: int) -> int:
         self.planned.append((*arguments, max_query_len))
@@ -161,6 +165,7 @@ def builder(monkeypatch: pytest.MonkeyPatch, speculated: int = 0) -> ResQMetadat
     import resq_vllm.attention as attention
 
     monkeypatch.setattr(attention, "require_all_packed", lambda config: None)
+    monkeypatch.setattr(attention, "warm_up_layers", lambda *arguments: None)
     speculative = SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False) if speculated else None
     config: Any = SimpleNamespace(
         speculative_config=speculative,
@@ -292,6 +297,41 @@ def test_layers_share_a_workspace_made_at_load_time(platform: Any, module: Refer
     assert shared.numel() == WORKSPACE_BYTES
     # 16 rows of the decode kernel hold 4 tokens of 4 query heads.
     assert module.planned[0] == (256, 8, 2, 64, 132, 4)
+
+
+def test_kernels_are_compiled_for_each_kind_of_layer_before_vllm_captures(
+    platform: Any, module: ReferenceModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resq_vllm.attention as attention
+
+    device, kv_spec = torch.device("cpu"), SimpleNamespace(block_size=BLOCK)
+    gpu = kernels()
+    assert isinstance(gpu, GPUKernels)
+    gpu.reserve(device, HEADS, 256)
+    layers = {
+        name: SimpleNamespace(impl=SimpleNamespace(kernels=gpu, heads=HEADS, sliding_window=window))
+        for name, window in (("a", -1), ("b", 512), ("c", -1))
+    }
+    asked: list[list[str]] = []
+
+    def of_config(config: Any, kind: Any, names: list[str]) -> Any:
+        asked.append(names)
+        return layers
+
+    monkeypatch.setattr(attention, "require_all_packed", lambda config: None)
+    monkeypatch.setattr(attention, "get_layers_from_vllm_config", of_config)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
+        speculative_config=None,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        use_v2_model_runner=True,
+    )
+    for _ in range(2):
+        ResQMetadataBuilder(kv_spec, list(layers), config, device)
+    assert asked == [["a", "b", "c"]] * 2
+    sizes = torch.bfloat16, device, 8, 2, 64, 8, 4, BLOCK, LAYOUT.bytes_per_token
+    workspace = gpu._workspaces[device]
+    assert module.warm == [(*sizes, window, 4096, workspace, 132) for window in (-1, 512)]
 
 
 def test_workspace_goes_to_every_launch(

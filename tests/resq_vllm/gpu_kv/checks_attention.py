@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resq_vllm.errors import ResQError
-from resq_vllm.gpu_kv import attention, workspace_bytes
+from resq_vllm.formats.kv_layout import KVLayout
+from resq_vllm.gpu_kv import attention, warm_up, workspace_bytes
 from tests.resq_vllm.gpu_kv.batches import DEVICE, SMS, Batch, Sequence, Shape, batch, errors
 
 MARK = 77.0
@@ -121,16 +122,32 @@ def test_any_batch(
     hold(Shape(head_dim, head_dim * eighths // 8, low_bits, group, 1, block), sequences, window)
 
 
-def test_a_batchs_prefills_alone_give_the_rows_of_the_whole() -> None:
-    shape = Shape(64, 8, 4, 4, 1, 16)
-    made = batch(shape, [Sequence(90, 1), Sequence(40, 20)], torch.bfloat16)
+@pytest.mark.parametrize("decodes", [1, 16, 40])
+def test_a_batchs_prefills_alone_give_the_rows_of_the_whole(decodes: int) -> None:
+    """Rows of the decodes before them are left alone, be they more than a block of queries (16 here)."""
+    shape = Shape(64, 8, 4, 8, 1, 16)
+    made = batch(shape, [Sequence(17 + i % 5, 1) for i in range(decodes)] + [Sequence(60, 20)], torch.bfloat16)
     whole = attended(made, shape, -1, 20)
-    tail = Batch(
-        made.cache, made.block_table[1:], made.seq_lens[1:], made.query_start_loc[1:], made.rotation, made.query
-    )
-    rest = attended(tail, shape, -1, 20)
-    assert bool((rest[:1] == MARK).all())
-    assert torch.equal(rest[1:21], whole[1:21])
+    table, lengths, starts = (x[decodes:] for x in (made.block_table, made.seq_lens, made.query_start_loc))
+    found = attended(Batch(made.cache, table, lengths, starts, made.rotation, made.query), shape, -1, 20)
+    assert bool((found[:decodes] == MARK).all())
+    assert torch.equal(found[decodes : decodes + 20], whole[decodes : decodes + 20])
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_pages_before_the_window_may_hold_anything(queries: int) -> None:
+    """vLLM frees them: another layer's bytes may lie in them, here scales that are NaN."""
+    shape, window = Shape(64, 8, 4, 4, 1, 16), 20
+    made = batch(shape, [Sequence(120, queries)], torch.bfloat16)
+    kept = made.block_table[0, (120 - queries - window + 1) // 16 : 120 // 16 + 1].long()
+    freed = torch.ones(made.cache.shape[0], dtype=torch.bool)
+    freed[kept[kept < len(freed)]] = False
+    made.cache[freed] = 255
+    output = attended(made, shape, window, queries)
+    clean = batch(shape, [Sequence(120, queries)], torch.bfloat16)
+    assert torch.equal(output, attended(clean, shape, window, queries))
+    found, allowed = errors(clean, shape, output, window)
+    assert found <= 2 * allowed
 
 
 @pytest.mark.parametrize("last", [0, 1])
@@ -170,3 +187,13 @@ def test_refusals() -> None:
             None,
             num_sms=1,
         )
+
+
+@pytest.mark.parametrize(("group", "window"), [(1, -1), (4, 50), (24, -1)])
+def test_warm_up_runs(group: int, window: int) -> None:
+    layout = KVLayout(64, 8)
+    heads, longest, sms = 2 * group, 4096, 4
+    size = workspace_bytes(8, heads, 2, 64, sms, max(1, 16 // group))
+    workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE) if size else None
+    sizes = heads, 2, 64, layout.high, 4, 16, layout.bytes_per_token
+    warm_up(torch.bfloat16, torch.device(DEVICE), *sizes, window, longest, workspace, num_sms=sms)

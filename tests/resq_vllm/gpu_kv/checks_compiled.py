@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resq_vllm.formats.kv_layout import KVLayout
-from resq_vllm.gpu_kv import attention, kv_write, workspace_bytes, write_and_rotate
+from resq_vllm.gpu_kv import attention, kv_write, warm_up, workspace_bytes, write_and_rotate
 from resq_vllm.gpu_kv.schedule import PROGRAMS_PER_SM
 from tests.resq_vllm.gpu_kv.offline import Compiled, compile_for
 
@@ -23,9 +23,15 @@ Launch = Callable[[int, str], dict[str, Compiled]]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launches(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """All launches of this process."""
+    return compile_for(CHIP, tmp_path_factory.mktemp("cubins"))
+
+
+@pytest.fixture(scope="module")
+def launch(launches: list[Compiled]) -> Launch:
     """launch(head_dim, "write" | "turn" | "decode" | "prefill"): what that compiles, by kernel."""
-    compiled = compile_for(CHIP, tmp_path_factory.mktemp("cubins"))
+    compiled = launches
 
     @cache
     def run(head_dim: int, what: str) -> dict[str, Compiled]:
@@ -93,7 +99,40 @@ def test_packed_words_are_copied_16_bytes_at_a_time(launch: Launch, head_dim: in
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_wave_of_decode_programs_is_resident_on_a_processor(launch: Launch, head_dim: int) -> None:
     decode = launch(head_dim, "decode")["_decode"]
-    # One warp each; 1 KiB of every program's shared memory is the system's. sm_80's has room for 6 at head_dim 128.
-    programs = PROGRAMS_PER_SM if CHIP == 90 else 6
+    # One warp each; 1 KiB of every program's shared memory is the system's. sm_80 has room for 5 of Triton 3.6's.
+    programs = PROGRAMS_PER_SM if CHIP == 90 else 5
     assert programs * (decode.shared + 1024) <= (228 if CHIP == 90 else 164) * 1024
     assert programs * 32 * decode.registers <= 65536
+
+
+@pytest.mark.parametrize(("group", "window"), [(4, -1), (8, 100), (16, -1), (1, -1)])
+def test_batches_need_no_kernel_that_warm_up_has_not_compiled(
+    launches: list[Compiled], group: int, window: int
+) -> None:
+    kv_heads, head_dim, longest = 2, 64, 32768
+    heads, layout = kv_heads * group, KVLayout(head_dim, 8)
+    workspace = torch.empty(workspace_bytes(256, heads, kv_heads, head_dim, SMS, 16 // group), dtype=torch.uint8)
+    sizes = heads, kv_heads, head_dim, layout.high, 4, BLOCK, layout.bytes_per_token
+    launches.clear()
+    warm_up(torch.bfloat16, torch.device("cpu"), *sizes, window, longest, workspace, num_sms=SMS)
+    warm = {found.key for found in launches}
+    assert {found.name for found in launches} == {"_write", "_rotate_query", "_decode", "_merge", "_prefill"}
+
+    launches.clear()
+    cache = torch.zeros(3, kv_heads, BLOCK, layout.bytes_per_token, dtype=torch.uint8)
+    rotation = torch.eye(head_dim)
+    # (sequences, query tokens of each, longest context): unsplit, split, speculated tokens, chunks of prompts.
+    for sequences, queries, context in [(1, 1, 1), (3, 1, longest), (256, 1, longest), (5, 2, 300), (2, 700, 4000)]:
+        tokens = sequences * queries
+        # As vLLM has them: views of one matrix, rows of padding behind, slices that begin anywhere.
+        qkv = torch.zeros(tokens + 3, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16)
+        query, key, value = qkv.split([heads, kv_heads, kv_heads], 1)
+        output = torch.zeros(tokens + 3, heads, head_dim, dtype=torch.bfloat16)
+        slots = torch.zeros(tokens + 1, dtype=torch.int64)[1:]
+        starts = torch.arange(-queries, tokens + 1, queries, dtype=torch.int32)[1:]
+        write_and_rotate(query, key, value, cache, output, slots, starts, rotation, layout.high, 4)
+        table = torch.zeros(sequences + 1, 7, dtype=torch.int32)[1:]
+        lengths = torch.full((sequences + 1,), context, dtype=torch.int32)[1:]
+        last = window, queries, context, workspace
+        attention(output, cache, output, table, lengths, starts, None, 0.1, layout.high, 4, *last, num_sms=SMS)
+    assert {found.key for found in launches} <= warm

@@ -23,9 +23,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch. shared: bytes of shared memory; sass: the machine code."""
+    """One launch. key: what Triton's own cache knows the kernel by; shared: bytes of shared memory; sass: its code."""
 
     name: str
+    key: str
     shared: int
     registers: int
     sass: str
@@ -87,17 +88,20 @@ def compile_for(chip: int, folder: Path) -> list[Compiled]:
         backend.driver.is_active = staticmethod(lambda name=name: name == "nvidia")
     driver.set_active(_Driver(chip))
     compiled: list[Compiled] = []
+    known: dict[str, Compiled] = {}
     original = jit.JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = original(self, *args, grid=grid, warmup=True, **options)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        cubin = folder / f"{len(compiled)}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
-        assert usage is not None
-        sass = _tool("nvdisasm", "-c", str(cubin))
-        compiled.append(Compiled(self.fn.__name__, kernel.metadata.shared, int(usage[1]), sass))
+        if kernel.hash not in known:
+            cubin = folder / f"{len(known)}.cubin"
+            cubin.write_bytes(kernel.asm["cubin"])
+            usage = re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
+            assert usage is not None
+            sass = _tool("nvdisasm", "-c", str(cubin))
+            known[kernel.hash] = Compiled(self.fn.__name__, kernel.hash, kernel.metadata.shared, int(usage[1]), sass)
+        compiled.append(known[kernel.hash])
         return kernel
 
     jit.JITFunction.run = run

@@ -33,11 +33,13 @@ def test_splits_of_an_h200() -> None:
     def splits(batch: int, length: int = 32768) -> int:
         return decode_splits(batch, 8, 132, length)
 
-    assert [splits(batch) for batch in (1, 4, 16, 32, 64, 128, 512)] == [128, 33, 8, 4, 2, 1, 1]
+    batches = (1, 4, 16, 32, 64, 128, 133, 200, 256, 512, 1024)
+    assert [splits(batch) for batch in batches] == [103, 57, 7, 7, 7, 3, 3, 1, 1, 1, 1]
     assert [splits(1, length) for length in (1, 64, 65, 4096)] == [1, 1, 2, 64]
 
 
 def test_workspace_of_an_8b_model_is_small_and_zero_where_nothing_is_split() -> None:
-    assert 0 < workspace_bytes(512, 32, 8, 128, 132) < 3 << 20
+    assert 0 < workspace_bytes(512, 32, 8, 128, 132) < 8 << 20
     assert workspace_bytes(512, 32, 8, 128, 132) == workspace_bytes(66, 32, 8, 128, 132)
+    assert workspace_bytes(512, 32, 8, 128, 132, 4) == 4 * workspace_bytes(512, 32, 8, 128, 132)
     assert workspace_bytes(512, 32, 8, 128, 0) == 0
