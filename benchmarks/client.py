@@ -22,10 +22,10 @@ class Sampling(TypedDict):
 SAMPLING: Sampling = {"temperature": 0.7, "top_p": 0.9, "seed": 0}
 
 
-def connect(api_url: str) -> openai.OpenAI:
+def connect(api_url: str, timeout: float = 120.0) -> openai.OpenAI:
     """A client for the server at `api_url`; the loopback interface is reached without any proxy."""
     transport = openai.DefaultHttpxClient(trust_env=False)
-    return openai.OpenAI(base_url=api_url, api_key="none", http_client=transport, max_retries=0, timeout=120.0)
+    return openai.OpenAI(base_url=api_url, api_key="none", http_client=transport, max_retries=0, timeout=timeout)
 
 
 def served_name(client: openai.OpenAI) -> str:

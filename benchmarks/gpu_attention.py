@@ -1,8 +1,10 @@
 """`python -m benchmarks.gpu_attention`: attention over the KV cache on a GPU, ours beside vLLM's FlashAttention.
 
-Contenders take turns, each as a CUDA graph of calls over rotating pages, so that the L2 cache is cold. `ratio_to_bf16`:
-median of paired ratios to FlashAttention over a bf16 cache. That ours is right is checked by the tests
-(`pytest tests/resq_vllm/gpu_kv`, which use the GPU where there is one). Needs a GPU: no figure is written without one.
+Contenders take turns, each as a CUDA graph of calls over rotating pages, so that the L2 cache is cold. `layer_us`: the
+write of the new tokens (with the query's rotation or quantization) and attention, as vLLM launches them;
+`attention_us`: attention alone. `…_ratio_to_bf16`: median of paired ratios to FlashAttention over a bf16 cache. That
+ours is right is checked by the tests (`pytest tests/resq_vllm/gpu_kv`, which use the GPU where there is one). Needs a
+GPU: no figure is written without one.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,27 +52,36 @@ def cases(batches: Sequence[int], contexts: Sequence[int]) -> list[Case]:
     return decodes + [Case("prefill", 1, c, min(c, CHUNK)) for c in contexts]
 
 
-def measure_cell(names: Sequence[str], case: Case, heads: Heads, rounds: int) -> tuple[Comparison, dict[str, str]]:
+@dataclass(frozen=True)
+class Measured:
+    """Calls a second of every contender."""
+
+    layer: Comparison
+    attention: Comparison
+
+
+def measure_cell(names: Sequence[str], case: Case, heads: Heads, rounds: int) -> tuple[Measured, dict[str, str]]:
     """All contenders on one case, and why some of the others' refuse it.
 
     Raises UnavailableError or RuntimeError when bf16 or one of ours refuses.
     """
-    turns, refused = {}, {}
+    layer, attention, refused = {}, {}, {}
     for name in names:
         try:
-            turns[name] = captured(contenders()[name].calls(case, heads))
+            calls = contenders()[name].calls(case, heads)
+            layer[name], attention[name] = captured(calls.layer), captured(calls.attention)
         except (UnavailableError, RuntimeError) as error:
             if name == "bf16" or name.startswith("resq"):
                 raise
             refused[name] = str(error).partition("\n")[0]
-    return interleave(turns, rounds, "bf16"), refused
+    return Measured(interleave(layer, rounds, "bf16"), interleave(attention, rounds, "bf16")), refused
 
 
-def rows_of(case: Case, heads: Heads, measured: Comparison) -> list[dict[str, Any]]:
-    """The report's rows of one cell."""
+def rows_of(case: Case, heads: Heads, measured: Measured) -> list[dict[str, Any]]:
+    """The report's rows of one cell; kv_gb_s and tflop_s are of attention alone."""
     rows = []
-    for name in measured.rounds:
-        seconds = 1 / measured.median(name)
+    for name in measured.layer.rounds:
+        seconds = 1 / measured.attention.median(name)
         read = case.kv_bytes(contenders()[name].bytes_per_token(heads), heads)
         rows.append(
             {
@@ -79,8 +91,10 @@ def rows_of(case: Case, heads: Heads, measured: Comparison) -> list[dict[str, An
                 "context": case.context,
                 "queries": case.queries,
                 "contender": name,
-                "median_us": rounded(1e6 * seconds),
-                "ratio_to_bf16": rounded(measured.ratio(name)),
+                "layer_us": rounded(1e6 / measured.layer.median(name)),
+                "layer_ratio_to_bf16": rounded(measured.layer.ratio(name)),
+                "attention_us": rounded(1e6 * seconds),
+                "attention_ratio_to_bf16": rounded(measured.attention.ratio(name)),
                 "kv_gb_s": rounded(read / seconds / 1e9),
                 "tflop_s": rounded(case.work(heads) / seconds / 1e12),
             }
@@ -91,16 +105,20 @@ def rows_of(case: Case, heads: Heads, measured: Comparison) -> list[dict[str, An
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The report for a terminal."""
     view = Table(title="GPU attention (× bf16: median of paired ratios to FlashAttention over bf16, >1 = faster)")
-    for name in ("model", "phase", "batch", "context", "contender", "µs", "× bf16", "KV GB/s", "TFLOP/s"):
-        view.add_column(name, justify="left" if name in ("model", "phase", "contender") else "right")
+    left = ("model", "phase", "contender")
+    figures = ("layer µs", "× bf16", "attention µs", "× bf16", "KV GB/s", "TFLOP/s")
+    for name in ("model", "phase", "batch", "context", "contender", *figures):
+        view.add_column(name, justify="left" if name in left else "right")
     previous: tuple[str, ...] | None = None
     for line in rows:
         head = (line["model"], line["phase"], str(line["batch"]), str(line["context"]))
         if previous not in (None, head):
             view.add_section()
-        figures = (f"{line['median_us']:.1f}", f"{line['ratio_to_bf16']:.2f}", f"{line['kv_gb_s']:.0f}")
         shown = head if previous != head else ("",) * 4
-        view.add_row(*shown, line["contender"], *figures, f"{line['tflop_s']:.1f}")
+        layer = (f"{line['layer_us']:.1f}", f"{line['layer_ratio_to_bf16']:.2f}")
+        attention = (f"{line['attention_us']:.1f}", f"{line['attention_ratio_to_bf16']:.2f}")
+        rest = (f"{line['kv_gb_s']:.0f}", f"{line['tflop_s']:.1f}")
+        view.add_row(*shown, line["contender"], *layer, *attention, *rest)
         previous = head
     return view
 

@@ -2,123 +2,46 @@
 
 Stages: correctness (the bundled model), 8b and 1b (engines on random weights, all cells), serve (`vllm serve` with the
 OpenAI client, `vllm bench serve` and `vllm bench throughput`). Every contender is a process with a time limit of its
-own, in the order of benchmarks.gpu_serve_contenders; one that fails is recorded with its reason. What a contender
-answered is kept in the work folder: a stage that ran out of time goes on where it stopped when it is called again.
+own, in the order of benchmarks.gpu_serve_contenders; one that fails is recorded with its reason. No process starts with
+less than its full limit: what a stage has no time for, the next call measures (exit status 75), and adds to the report.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.environment import vllm_environment
-from benchmarks.gpu_serve_commands import run_commands
-from benchmarks.gpu_serve_contenders import CELLS, CONTENDERS, VOCABULARY, Contender, key, model_folder, parse_cell
+from benchmarks.gpu_serve_answers import CALL_AGAIN, Answers, commit, pack
+from benchmarks.gpu_serve_commands import command_rows, parts, run_commands
+from benchmarks.gpu_serve_contenders import CAPTURE_SIZES, CELLS, CONTENDERS, VOCABULARY, key, parse_cell
 from benchmarks.gpu_serve_correctness import check
-from benchmarks.gpu_serve_process import run_limited
+from benchmarks.gpu_serve_engines import Run, engines, forget, memory_options
 from benchmarks.gpu_serve_report import rows, table
 from benchmarks.report import wide_console, write_report
-from benchmarks.scenarios import Cell, longest
+from benchmarks.scenarios import Cell
 
-STAGES = ("correctness", "8b", "1b", "serve")
-# The start of an engine of the 8B shape with CUDA graphs, and its first cells.
-FEWEST_SECONDS = 30.0
-_SEED = 20241214
-# Past the longest request, for the tokens that vLLM rounds up to.
-_ROOM = 64
+# Stages, and the seconds of one process of each: a server's start and end need more than an engine's.
+LIMITS = {"correctness": 110.0, "8b": 110.0, "1b": 110.0, "serve": 150.0}
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all contenders of a call share. deadline: of time.monotonic(); memory: arguments that size the cache."""
-
-    shape: str
-    cells: tuple[Cell, ...]
-    work: Path
-    limit: float
-    deadline: float
-    memory: dict[str, Any]
-    again: bool = False
-
-    @property
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+def cells_of(answers: Answers, run: Run) -> list[str]:
+    """Keys of all cells that any call asked for, in their order."""
+    known = [key(cell) for cell in (*CELLS, *run.cells)]
+    kept = [one for name in CONTENDERS for one in answers.get(name, {"cells": {}})["cells"]]
+    asked = {key(cell) for cell in run.cells} | set(kept)
+    return [one for one in dict.fromkeys([*known, *kept]) if one in asked]
 
 
-def memory_options(kv_cache_bytes: int | None) -> dict[str, Any]:
-    """Arguments of the engine that say how much memory it may take."""
-    return {"gpu_memory_utilization": 0.9} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
-
-
-def engine_options(contender: Contender, run: Run) -> dict[str, Any]:
-    """Arguments of vLLM's engine for all cells of a run."""
-    tokens = longest(run.cells) + _ROOM
-    return {
-        "model": str(model_folder(run.work / "models", run.shape, contender, tokens)),
-        "max_model_len": tokens,
-        "max_num_seqs": max(cell.streams for cell in run.cells),
-        **run.memory,
-        **contender.options,
-    }
-
-
-def engine_environment() -> dict[str, str]:
-    """Of every engine: one process, one import; its log must speak of errors whatever the shell says."""
-    return vllm_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO"})
-
-
-def measure(name: str, run: Run) -> dict[str, Any]:
-    """One contender: {"kv_tokens", "cells", "reason"}, the reason None when it ran to its end."""
-    folder = run.work / run.shape
-    folder.mkdir(parents=True, exist_ok=True)
-    spec_file, answer_file = folder / f"{name}.spec.json", folder / f"{name}.answer.json"
-    answer_file.unlink(missing_ok=True)
-    spec = {
-        "options": engine_options(CONTENDERS[name], run),
-        "seed": _SEED,
-        "cells": {key(cell): cell.to_dict() for cell in run.cells},
-    }
-    spec_file.write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "benchmarks.gpu_serve_child", str(spec_file), str(answer_file)]
-    limit = min(run.limit, run.seconds_left)
-    reason = run_limited(command, engine_environment(), folder / f"{name}.log", limit)
-    answer: dict[str, Any] = {"kv_tokens": None, "cells": {}}
-    if answer_file.exists():
-        answer |= json.loads(answer_file.read_text())
-    return answer | {"reason": reason}
-
-
-def engines(names: Sequence[str], run: Run, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Every contender's answer, from the work folder where an earlier call has it already."""
-    answers: dict[str, dict[str, Any]] = {}
-    wanted = [key(cell) for cell in run.cells]
-    for name in names:
-        kept = run.work / run.shape / f"{name}.json"
-        if kept.exists() and not run.again:
-            earlier = json.loads(kept.read_text())
-            if earlier["wanted"] == wanted:
-                say(f"{name}: measured before, {kept} is kept (--again measures anew)")
-                answers[name] = earlier
-                continue
-        if run.seconds_left < FEWEST_SECONDS:
-            say(f"{name}: no time left; call the stage again")
-            answers[name] = {"kv_tokens": None, "cells": {}, "wanted": wanted, "reason": "no time left"}
-            continue
-        started = time.monotonic()
-        answers[name] = measure(name, run) | {"wanted": wanted}
-        kept.write_text(json.dumps(answers[name]))
-        figures = [f"{k} {c['decode_tokens_s']:.0f}" for k, c in answers[name]["cells"].items() if "reason" not in c]
-        said = f"{', '.join(figures) or 'no figures'}; {answers[name]['reason'] or 'done'}"
-        say(f"{name}: {time.monotonic() - started:.0f} s, decode tokens/s: {said}")
-    return answers
+def engine_rows(names: Sequence[str], run: Run) -> list[dict[str, Any]]:
+    """Rows of these contenders and of all that have an answer."""
+    nothing: dict[str, Any] = {"kv_tokens": None, "cells": {}}
+    shown = {name: run.answers.get(name, nothing) for name in CONTENDERS if name in names or name in run.answers}
+    return rows(shown, cells_of(run.answers, run))
 
 
 def device() -> str:
@@ -143,22 +66,28 @@ def chosen_cells(given: list[str] | None) -> tuple[Cell, ...]:
 
 
 def main(
-    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the JSON report.")] = Path("results/gpu-serve"),
-    work: Annotated[Path, typer.Option(help="Folder for models, logs and answers.")] = Path("results/gpu-serve/work"),
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(LIMITS)}.")],
+    out: Annotated[Path, typer.Option(help="Folder for report, answers and logs.")] = Path("results/gpu-serve"),
+    work: Annotated[Path, typer.Option(help="Folder for models and what else a call needs.")] = Path(
+        "results/gpu-serve/work"
+    ),
     checkpoint: Annotated[
         Path | None, typer.Option(help="The bundled model, quantized [made in the work folder].")
     ] = None,
     contender: Annotated[list[str] | None, typer.Option(help="Repeatable [all].")] = None,
     cell: Annotated[list[str] | None, typer.Option(help="STREAMSxCONTEXT, repeatable [all].")] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds a contender, or a step of correctness.")] = 110,
+    limit: Annotated[
+        float | None, typer.Option(min=30, help="Seconds a contender, a command or a step [110; serve: 150].")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Seconds of the stage.")] = 460,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Of the KV cache [what the GPU has left].")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="First forget what earlier calls measured of the chosen.")
+    ] = False,
 ) -> None:
-    """Run one stage and write its report."""
-    if stage not in STAGES:
-        raise typer.BadParameter(f"{stage} is no stage; they are {', '.join(STAGES)}.")
+    """Run one stage and write its report; exit status 75: call again, 1: a check of correctness failed."""
+    if stage not in LIMITS:
+        raise typer.BadParameter(f"{stage} is no stage; they are {', '.join(LIMITS)}.")
     names, cells = chosen(contender), chosen_cells(cell)
     console = wide_console(130)
 
@@ -166,21 +95,39 @@ def main(
         console.print(line, highlight=False, soft_wrap=True)
 
     work, deadline = work.resolve(), time.monotonic() + seconds
-    shape = "8b" if stage == "serve" else stage
-    run = Run(shape, cells, work, limit, deadline, memory_options(kv_cache_bytes), again)
-    report, failed = out / f"gpu_serve_{stage}.json", False
+    report, shape = out / f"gpu_serve_{stage}.json", "8b" if stage == "serve" else stage
+
+    def renew() -> None:
+        """After every answer: a call that is cut off leaves what it measured."""
+        lines = command_rows(names, answers) if stage == "serve" else engine_rows(names, run)
+        facts = {"shape": shape, "vocabulary": VOCABULARY, "cudagraph_capture_sizes": CAPTURE_SIZES}
+        write_report(report, lines, device=device(), commit=commit(), **facts)
+
+    answers = Answers(report.with_suffix(".answers.json"), (lambda: None) if stage == "correctness" else renew)
+    run = Run(shape, cells, work, limit or LIMITS[stage], deadline, memory_options(kv_cache_bytes), answers)
+    failed = False
     if stage == "correctness":
-        found = check(work, checkpoint, limit, deadline, run.memory, say)
-        failed = bool(found["failures"])
-        write_report(report, found.pop("rows"), device=device(), **found)
+        if again:
+            answers.forget()
+        archive = out / "gpu_serve_correctness.checkpoint.tar.gz"
+        found = check(work, archive, answers, checkpoint, run.limit, deadline, run.memory, say)
+        failed, finished = bool(found["failures"]), not found["unfinished"]
+        write_report(report, found.pop("rows"), device=device(), commit=commit(), **found)
     elif stage == "serve":
-        answers = run_commands(names, run, say)
-        write_report(report, answers, device=device(), shape=shape, vocabulary=VOCABULARY)
+        if again:
+            answers.forget(kept for _, _, kept in parts(names))
+        finished = run_commands(names, run, say)
+        renew()
     else:
-        lines = rows(engines(names, run, say))
-        console.print(table(f"{shape} shape, random weights, {device()}", lines))
-        write_report(report, lines, device=device(), shape=shape, vocabulary=VOCABULARY)
+        if again:
+            forget(names, run)
+        finished = engines(names, run, say)
+        console.print(table(f"{shape} shape, random weights, {device()}", engine_rows(names, run)))
+        renew()
+    pack(report.with_suffix(".logs.tar.gz"), (work / stage).glob("*.log"), work)
     say(f"report: {report}")
+    if not finished:
+        raise typer.Exit(CALL_AGAIN)
     if failed:
         raise typer.Exit(1)
 

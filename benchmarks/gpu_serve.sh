@@ -7,9 +7,12 @@
 # BUNDLE (or $RESQ_BUNDLE): where vLLM comes from, unless $PYTHON (python3) has it: a folder with install_bundle.sh and its
 # archives below out/core, which is unpacked into $SITE (results/gpu-serve/site), or a folder of wheels; "" for neither.
 # OPTION: of `python -m benchmarks.gpu_serve`, such as --contender resq --cell 64x4096 --checkpoint FOLDER.
-# Order of value: correctness, 8b, serve, 1b. A stage that ran out of time goes on where it stopped when it is called
-# again, as long as $WORK (results/gpu-serve/work) is there. Reports go to $OUT (results/gpu-serve), to be committed under
+# Order of value: correctness, 8b, serve, 1b. Reports go to $OUT (results/gpu-serve), to be committed under
 # benchmarks/results/. CUDA kernels are built where nvcc is; elsewhere those of resq_vllm/_C*.abi3.so are used.
+#
+# Exit status 75: the stage has more to measure and is to be called again; it goes on with the answers that an earlier
+# call left in $OUT. On a machine that keeps nothing, bring $OUT's files back and name their folder in $EARLIER.
+# $RESQ_COMMIT, or a file commit.txt at the root of the tree, says whose code this is where there is no .git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 stage=${1:-}
@@ -18,9 +21,18 @@ shift $(($# < 2 ? $# : 2))
 python=${PYTHON:-python3}
 work=${WORK:-results/gpu-serve/work}
 out=${OUT:-results/gpu-serve}
+earlier=${EARLIER:-}
 site=${SITE:-$PWD/results/gpu-serve/site}
 # Of the 8 minutes: set-up takes its share, and the report needs a moment.
-seconds_left() { echo $((465 - SECONDS)); }
+seconds_left() { echo $((SECONDS < 464 ? 465 - SECONDS : 1)); }
+# Of this tree; uncommitted changes show as -dirty.
+commit_here() {
+  if [ -e .git ]; then
+    git describe --always --dirty --abbrev=40 --exclude '*'
+  else
+    cat commit.txt 2>/dev/null
+  fi
+}
 
 case $stage in correctness | 8b | 1b | serve) ;; *)
   echo "gpu_serve.sh: the stage must be correctness, 8b, 1b or serve, not '$stage'." >&2
@@ -31,13 +43,25 @@ if [ -n "$bundle" ] && [ ! -d "$bundle" ]; then
   echo "gpu_serve.sh: there is no folder $bundle to take vLLM from." >&2
   exit 2
 fi
+if [ -n "$earlier" ] && [ ! -d "$earlier" ]; then
+  echo "gpu_serve.sh: there is no folder $earlier with an earlier call's files." >&2
+  exit 2
+fi
 if ! nvidia-smi -L >/dev/null 2>&1; then
   echo "gpu_serve.sh needs an NVIDIA GPU, and nvidia-smi lists none here." >&2
   exit 2
 fi
 mkdir -p "$work" "$out"
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader | tee "$out/gpu.txt"
-git log -1 --format=%H >"$out/commit.txt" 2>/dev/null
+RESQ_COMMIT=${RESQ_COMMIT:-$(commit_here)}
+export RESQ_COMMIT=${RESQ_COMMIT:-unknown: no .git, no \$RESQ_COMMIT, no commit.txt}
+echo "$RESQ_COMMIT" | tee "$out/commit.txt"
+if [ -n "$earlier" ]; then
+  for file in "$earlier/gpu_serve_$stage".*; do
+    # What is in $OUT already is newer.
+    [ -f "$file" ] && [ ! -e "$out/${file##*/}" ] && cp "$file" "$out/"
+  done
+fi
 
 if [ -n "$bundle" ] && [ ! -f "$site/ready" ]; then
   if [ -f "$bundle/install_bundle.sh" ]; then

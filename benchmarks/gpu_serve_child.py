@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu_serve_child SPEC ANSWER`: one engine, all cells in turn, each written at once.
 
-A cell has two passes over the same prompts. The first finds nothing in the prefix cache: time to the first token, and
-prompt tokens a second. The second finds all but each prompt's last block there and generates at once: time per output
-token with the whole batch decoding, undisturbed by prefill.
+A cell has one cold pass over its prompts and HOT_PASSES hot ones. The cold one finds nothing in the prefix cache: time
+to the first token, and prompt tokens a second. A hot one finds all but each prompt's last block there and generates at
+once: time per output token with the whole batch decoding, undisturbed by prefill; reported are median and range.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.scenarios import Cell, Scenario
 # Kernels compile at their first use; more than one stream so that a batch is decoded, too.
 WARM_UP = Cell(Scenario("warm-up", 200, 8), 4)
 LOWEST_TOKEN, PROMPT_VOCABULARY = 4, 4096
+HOT_PASSES = 3
 
 
 def write_answer(path: Path, answer: dict[str, Any]) -> None:
@@ -42,7 +44,7 @@ class Engine:
             disable_log_stats=False,
             **options,
         )
-        self._random = random.Random(seed)
+        self._seed = seed
 
     @property
     def kv_tokens(self) -> int:
@@ -64,20 +66,38 @@ class Engine:
             raise RuntimeError(f"the engine did not generate the {tokens} tokens it was asked for.")
         return seconds, metrics
 
-    def run(self, cell: Cell) -> dict[str, float]:
-        """Both passes over a cell."""
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """All passes over a cell."""
+        # Of the cell's own: the same prompts whichever cells come before.
+        chosen = random.Random(f"{self._seed} {cell.key}")
         choices = range(LOWEST_TOKEN, PROMPT_VOCABULARY)
-        prompts = [self._random.choices(choices, k=cell.scenario.prompt) for _ in range(cell.streams)]
+        prompts = [chosen.choices(choices, k=cell.scenario.prompt) for _ in range(cell.streams)]
         cold_seconds, cold = self._generate(prompts, 1)
-        seconds, hot = self._generate(prompts, cell.scenario.output)
-        per_token = [(one.last_token_ts - one.first_token_ts) / max(1, cell.scenario.output - 1) for one in hot]
         return {
             "prefill_tokens_s": cell.streams * cell.scenario.prompt / cold_seconds,
             "ttft_ms": 1e3 * statistics.median(one.first_token_latency for one in cold),
-            "tpot_ms": 1e3 * statistics.median(per_token),
-            "decode_tokens_s": cell.streams / statistics.median(per_token),
+            **summary([self._hot(prompts, cell) for _ in range(HOT_PASSES)]),
+        }
+
+    def _hot(self, prompts: list[list[int]], cell: Cell) -> dict[str, float]:
+        seconds, metrics = self._generate(prompts, cell.scenario.output)
+        per_token = statistics.median(
+            (one.last_token_ts - one.first_token_ts) / max(1, cell.scenario.output - 1) for one in metrics
+        )
+        return {
+            "tpot_ms": 1e3 * per_token,
+            "decode_tokens_s": cell.streams / per_token,
             "output_tokens_s": cell.streams * cell.scenario.output / seconds,
         }
+
+
+def summary(passes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Of every figure the median, and as NAME_range the least and the largest."""
+    found: dict[str, Any] = {}
+    for name in passes[0]:
+        values = [one[name] for one in passes]
+        found |= {name: statistics.median(values), f"{name}_range": [min(values), max(values)]}
+    return found
 
 
 def too_large(cell: Cell, kv_tokens: int) -> str | None:
@@ -88,7 +108,10 @@ def too_large(cell: Cell, kv_tokens: int) -> str | None:
 
 
 def main(spec_file: Path, answer_file: Path) -> None:
-    """ANSWER: {"kv_tokens", "start_seconds", "cells": {key: figures or {"reason": sentence}}}."""
+    """ANSWER: {"kv_tokens", "start_seconds", "cells": {key: figures or {"reason": sentence}}, "running": key}.
+
+    running: the cell that is being measured, absent at the end.
+    """
     spec = json.loads(spec_file.read_text())
     started = time.perf_counter()
     engine = Engine(spec["options"], spec["seed"])
@@ -99,7 +122,7 @@ def main(spec_file: Path, answer_file: Path) -> None:
         "cells": {},
     }
     for name, data in spec["cells"].items():
-        write_answer(answer_file, answer)
+        write_answer(answer_file, answer | {"running": name})
         cell = Cell.from_dict(data)
         reason = too_large(cell, engine.kv_tokens)
         answer["cells"][name] = {"reason": reason} if reason else engine.run(cell)

@@ -14,6 +14,8 @@ BASELINE = "bf16"
 # Llama 3's, whose output layer is a seventh of the 8B model's weights in 4 bits.
 VOCABULARY = 128_256
 OUTPUT_TOKENS = 64
+# Of every contender's CUDA graphs: vLLM's own list has fifty sizes, whose capture takes longer than many a cell.
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)

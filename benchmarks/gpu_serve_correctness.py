@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.environment import vllm_environment
-from benchmarks.gpu_serve_process import run_limited
+from benchmarks.gpu_serve_answers import Answers, commit, pack, unpack
+from benchmarks.gpu_serve_process import ran_out, run_limited
 from benchmarks.report import rounded
 from offline.bundled import HELDOUT_TEXT, MODEL_DIR
 
@@ -45,27 +47,50 @@ def python(*arguments: str) -> list[str]:
 
 
 class Steps:
-    """Runs one command after another, each within its own limit and the stage's."""
+    """Runs one command after another, each within a full limit of its own; what one answered is kept."""
 
-    def __init__(self, folder: Path, limit: float, deadline: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, answers: Answers, limit: float, deadline: float, say: Callable[[str], None]
+    ) -> None:
         self._folder = folder
+        self._answers = answers
         self._limit = limit
         self._deadline = deadline
         self._say = say
         self.failures: list[str] = []
+        self.unfinished: list[str] = []
 
     def run(self, name: str, command: list[str], limits: float = 1) -> bool:
-        """Whether the command ended well; why not goes into `failures`."""
-        left = self._deadline - time.monotonic()
+        """Whether the command ended well; otherwise it goes into `failures`, or `unfinished` for want of time."""
+        limit = limits * self._limit
+        if self._deadline - time.monotonic() < limit:
+            self.unfinished.append(name)
+            return False
         started = time.monotonic()
-        log = self._folder / f"{name.replace(' ', '-')}.log"
-        reason = (
-            "no time left" if left < 1 else run_limited(command, environment(), log, min(limits * self._limit, left))
-        )
+        reason = run_limited(command, environment(), self._folder / f"{name.replace(' ', '-')}.log", limit)
         self._say(f"{name}: {time.monotonic() - started:.0f} s, {reason or 'done'}")
-        if reason:
+        if reason and ran_out(reason):
+            self.unfinished.append(name)
+        elif reason:
             self.failures.append(f"{name}: {reason}")
         return reason is None
+
+    def answer(self, name: str, command: list[str], file: Path) -> Any:
+        """What the command writes to its JSON file, of an earlier call where it ended there; None without an answer."""
+        kept = self._answers.get(name)
+        if kept is None:
+            file.unlink(missing_ok=True)
+            failed = len(self.failures)
+            if self.run(name, command):
+                kept = {"answer": json.loads(file.read_text())}
+            elif len(self.failures) > failed:
+                kept = {"failure": self.failures.pop()}
+            else:
+                return None
+            self._answers.put(name, kept | {"commit": commit()})
+        if "failure" in kept:
+            self.failures.append(kept["failure"])
+        return kept.get("answer")
 
 
 def environment() -> dict[str, str]:
@@ -107,11 +132,12 @@ def perplexities(steps: Steps, folder: Path, models: Mapping[str, Path]) -> list
     for name, model in models.items():
         found: dict[str, float] = {}
         for engine in ("vllm", "reference"):
-            answer = folder / f"{name}-{engine}.json"
-            answer.unlink(missing_ok=True)
-            flags = ["--engine", engine, "--windows", str(WINDOWS), "--json", str(answer)]
-            if steps.run(f"perplexity {name} {engine}", python("offline.cli", "eval", str(model), *flags)):
-                found[engine] = json.loads(answer.read_text())["perplexity"]
+            file = folder / f"{name}-{engine}.json"
+            flags = ["--engine", engine, "--windows", str(WINDOWS), "--json", str(file)]
+            command = python("offline.cli", "eval", str(model), *flags)
+            answer = steps.answer(f"perplexity {name} {engine}", command, file)
+            if answer is not None:
+                found[engine] = answer["perplexity"]
         if len(found) == 2:
             off = found["vllm"] / found["reference"] - 1
             lines.append(
@@ -134,13 +160,14 @@ def greedy(
     for arithmetic, engines in modes.items():
         tokens: dict[str, list[list[int]]] = {}
         for name, options in engines.items():
-            spec, answer = folder / f"greedy-{name}.spec.json", folder / f"greedy-{name}.json"
-            answer.unlink(missing_ok=True)
+            spec, file = folder / f"greedy-{name}.spec.json", folder / f"greedy-{name}.json"
             given = {"model": str(model), "max_model_len": 1024, "max_num_seqs": PROMPTS, **memory, **options}
             spec.write_text(json.dumps({"options": given, "prompts": prompts(), "tokens": NEW_TOKENS}))
-            if steps.run(f"greedy {name}", python("benchmarks.greedy_child", str(spec), str(answer))):
-                tokens[name] = json.loads(answer.read_text())
-        for line in agreement(tokens) if len(tokens) > 1 else ():
+            answer = steps.answer(f"greedy {name}", python("benchmarks.greedy_child", str(spec), str(file)), file)
+            if answer is not None:
+                tokens[name] = answer
+        # Without the first there is nothing to compare the others with.
+        for line in agreement(tokens) if len(tokens) > 1 and next(iter(engines)) in tokens else ():
             ok = line["same_tokens"] == line["tokens"]
             lines.append({"check": "greedy tokens", "arithmetic": arithmetic, **line, "ok": ok})
             if not ok:
@@ -151,8 +178,32 @@ def greedy(
     return lines
 
 
+def fingerprint(model: Path) -> str:
+    """Of a checkpoint's weights and configuration: answers of another one are not comparable."""
+    found = hashlib.sha256()
+    for file in (*sorted(model.glob("*.safetensors")), model / "config.json"):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def quantized(work: Path, archive: Path, steps: Steps) -> Path | None:
+    """The bundled model's checkpoint in `work`, begun or made by an earlier call or now; None while it is not ready.
+
+    archive: what there is of it, for a later call on another machine.
+    """
+    ours = work / "checkpoint"
+    if not any(work.glob("checkpoint*")) and archive.exists():
+        unpack(archive, work)
+    if not (ours / "config.json").exists():
+        steps.run("quantize", python("offline.cli", "quantize", str(MODEL_DIR), "-o", str(ours), "--resume"), 2)
+        pack(archive, (file for file in work.glob("checkpoint*/**/*") if file.is_file()), work)
+    return ours if (ours / "config.json").exists() else None
+
+
 def check(
     work: Path,
+    archive: Path,
+    answers: Answers,
     checkpoint: Path | None,
     limit: float,
     deadline: float,
@@ -160,16 +211,26 @@ def check(
     say: Callable[[str], None],
     modes: Mapping[str, Mapping[str, dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """{"rows", "failures", "checkpoint"} of all checks; the checkpoint is made in `work` unless it is given."""
+    """{"rows", "failures", "unfinished", "checkpoint"} of all checks.
+
+    The checkpoint is made in `work`, and kept in `archive` for later calls, unless it is given.
+    """
     folder = work / "correctness"
     folder.mkdir(parents=True, exist_ok=True)
-    steps = Steps(folder, limit, deadline, say)
-    ours = checkpoint or work / "checkpoint"
-    if not (ours / "config.json").exists():
-        steps.run("quantize", python("offline.cli", "quantize", str(MODEL_DIR), "-o", str(ours)), 2)
+    steps = Steps(folder, answers, limit, deadline, say)
+    ours = checkpoint or quantized(work, archive, steps)
     lines: list[dict[str, Any]] = []
-    if (ours / "config.json").exists():
+    if ours is not None:
+        same = fingerprint(ours)
+        if answers.get("checkpoint", same) != same:
+            say("the checkpoint is another one than before: all is measured anew")
+            answers.forget()
+        answers.put("checkpoint", same)
         chosen = modes or (GPU_MODES if torch.cuda.is_available() else CPU_MODES)
         lines += greedy(steps, folder, ours, memory, chosen)
         lines += perplexities(steps, folder, {"resq": ours, "bf16": MODEL_DIR})
-    return {"rows": lines, "failures": steps.failures, "checkpoint": ours.name}
+    if steps.unfinished:
+        left = f"{max(0, deadline - time.monotonic()):.0f} s left, a step's limit is {limit:.0f} s"
+        say(f"not finished: {', '.join(steps.unfinished)} ({left}); call the stage again")
+    found = {"rows": lines, "failures": steps.failures, "unfinished": steps.unfinished}
+    return found | {"checkpoint": ours.name if ours else None}

@@ -12,6 +12,17 @@ from pathlib import Path
 # Words that begin the line which says what went wrong, the last of them in a log.
 _ERRORS = ("Error", "Exception", "error:", "AssertionError")
 _SENTENCE_CHARACTERS = 400
+_STOPPED = "stopped after "
+
+
+def stopped(seconds: float) -> str:
+    """The reason of a process that was ended because its time was up."""
+    return f"{_STOPPED}{seconds:.0f} s"
+
+
+def ran_out(reason: str) -> bool:
+    """Whether a reason says so: another try, or a larger limit, may end otherwise."""
+    return reason.startswith(_STOPPED)
 
 
 def reason_in(log: str) -> str:
@@ -53,6 +64,6 @@ def run_limited(command: Sequence[str], environment: Mapping[str, str], log: Pat
     if status == 0:
         return None
     if status is None:
-        return f"stopped after {seconds:.0f} s"
+        return stopped(seconds)
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     return f"ended with {how}: {reason_in(log.read_text(encoding='utf-8', errors='replace'))}"

@@ -13,8 +13,9 @@ import pytest
 from benchmarks import gpu_serve_commands as commands
 from benchmarks import gpu_serve_contenders
 from benchmarks.dummy_model import SHAPES
-from benchmarks.gpu_serve import Run
+from benchmarks.gpu_serve_answers import Answers
 from benchmarks.gpu_serve_contenders import CONTENDERS, cell
+from benchmarks.gpu_serve_engines import Run
 from benchmarks.server import ServerError
 
 MEASURED = cell(3, 64, 8)
@@ -24,12 +25,15 @@ MEASURED = cell(3, 64, 8)
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setitem(SHAPES, "tiny", replace(SHAPES["small"], num_hidden_layers=1))
     monkeypatch.setattr(gpu_serve_contenders, "VOCABULARY", 4096)
-    return Run("tiny", (), tmp_path, 100, time.monotonic() + 900, {"gpu_memory_utilization": 0.9})
+    memory = {"gpu_memory_utilization": 0.9}
+    return Run("tiny", (), tmp_path, 100, time.monotonic() + 900, memory, Answers(tmp_path / "kept"))
 
 
 def test_flags_are_those_of_the_engine() -> None:
     words = commands.flags(CONTENDERS["int4-kv"].options, MEASURED, {"gpu_memory_utilization": 0.9})
-    pairs = dict(zip(words[3::2], words[4::2], strict=True))
+    graphs = words.index("--cudagraph-capture-sizes")
+    assert words[graphs + 1 :] == ["1", "2", "4", "8", "16", "32", "64", "128", "256"]
+    pairs = dict(zip(words[3:graphs:2], words[4:graphs:2], strict=True))
     assert words[:3] == ["--load-format", "dummy", "--no-enable-prefix-caching"]
     assert pairs == {
         "--max-model-len": "136",
@@ -47,6 +51,7 @@ def test_vllm_accepts_the_flags_of_every_contender(run: Run) -> None:
     for contender in CONTENDERS.values():
         parsed = parser.parse_args(["--model", "m", *commands.flags(contender.options, MEASURED, run.memory)])
         assert parsed.max_num_seqs == 3
+        assert parsed.cudagraph_capture_sizes[-1] == 256
         assert parsed.load_format == "dummy"
 
 
@@ -60,15 +65,28 @@ def test_commands_ask_for_the_cell(tmp_path: Path) -> None:
     assert thrown[-1] == "--x"
 
 
+class Clock:
+    """time.monotonic() of the commands, which pass the time at once."""
+
+    now = 0.0
+
+    @classmethod
+    def monotonic(cls) -> float:
+        return cls.now
+
+
 class Server:
     """Stands in for VLLMServer."""
 
     url, api_url, error = "http://127.0.0.1:9", "http://127.0.0.1:9/v1", ""
+    seconds_to_start = 0.0
 
     def __init__(self, model: Path, *flags: str, log: Path, timeout: float) -> None:
         assert (model / "config.json").exists()
+        self.timeout = timeout
 
     def __enter__(self) -> Self:
+        Clock.now += self.seconds_to_start
         if self.error:
             raise ServerError(self.error)
         return self
@@ -83,9 +101,12 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> type[Server]:
     monkeypatch.setattr(commands, "VLLMServer", Server)
-    monkeypatch.setattr(commands, "connect", lambda url: None)
+    monkeypatch.setattr(commands, "connect", lambda url, timeout: None)
     monkeypatch.setattr(commands, "complete", lambda client, prompt, tokens: "text")
     monkeypatch.setattr(Server, "error", "")
+    monkeypatch.setattr(Server, "seconds_to_start", 0.0)
+    monkeypatch.setattr(commands, "time", Clock)
+    monkeypatch.setattr(Clock, "now", 0.0)
     return Server
 
 
@@ -105,7 +126,7 @@ def answering(figures: dict[str, float] | None) -> Any:
 def test_served_contender_is_a_row_of_figures(run: Run, server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"output_throughput": 123.456789, "median_ttft_ms": 5.0, "median_tpot_ms": 2.0, "unknown": 1.0}
     monkeypatch.setattr(commands, "run_limited", answering(figures))
-    assert commands.serve("resq", run, 9, MEASURED) == {
+    assert commands.serve("resq", run, MEASURED) == {
         "command": "vllm serve, vllm bench serve",
         "contender": "resq",
         "cell": "3x64",
@@ -121,34 +142,87 @@ def test_server_that_does_not_start_is_a_row_with_its_reason(
     run: Run, server: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "error", "The server ended; its log:\nValueError: no such kernel\nbye")
-    row = commands.serve("w4a16", run, 9, MEASURED)
+    row = commands.serve("w4a16", run, MEASURED)
     assert row["reason"] == "ValueError: no such kernel"
 
 
 def test_throughput_is_a_row_of_figures_or_a_reason(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "run_limited", answering({"tokens_per_second": 10.0, "elapsed_time": 2.0}))
-    row = commands.throughput("bf16", run, 9, MEASURED)
+    row = commands.throughput("bf16", run, MEASURED)
     assert (row["tokens_per_second"], row["elapsed_time"]) == (10.0, 2.0)
     monkeypatch.setattr(commands, "run_limited", answering(None))
-    assert commands.throughput("bf16", run, 9, MEASURED)["reason"] == "stopped after 9 s"
+    assert commands.throughput("bf16", run, MEASURED)["reason"] == "stopped after 9 s"
+
+
+def test_server_and_bench_share_one_limit(run: Run, server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def run_limited(command: list[str], environment: Any, log: Path, seconds: float) -> str | None:
+        given.append(seconds)
+        return "stopped after 5 s"
+
+    monkeypatch.setattr(commands, "run_limited", run_limited)
+    monkeypatch.setattr(server, "seconds_to_start", 60.0)
+    assert commands.serve("resq", run, MEASURED)["reason"] == "stopped after 5 s"
+    # Of 100 s: 60 for the start, and 25 are left for the end.
+    assert given == [100 - 60 - 25]
+
+
+def test_server_that_takes_too_long_is_stopped_not_wrong(
+    run: Run, server: type[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "seconds_to_start", 75.0)
+    monkeypatch.setattr(server, "error", "did not answer; its log:\nKeyError: harmless")
+    assert commands.serve("resq", run, MEASURED)["reason"] == "stopped after 100 s"
+
+
+class Commands:
+    """In place of both commands; which ran, and how each ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **reasons: str) -> None:
+        self.called: list[str] = []
+        self.reasons = reasons
+        monkeypatch.setattr(commands, "serve", lambda name, run: self.row("serve", name))
+        monkeypatch.setattr(commands, "throughput", lambda name, run: self.row("throughput", name))
+
+    def row(self, command: str, name: str) -> dict[str, Any]:
+        self.called.append(f"{name} {command}")
+        row = {"command": commands.TITLES[command], "contender": name}
+        return row | ({"reason": self.reasons[command]} if command in self.reasons else {})
+
+
+def silent(line: str) -> None:
+    """Nobody reads along."""
 
 
 def test_stage_goes_on_where_it_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
+    failed = "ended with exit status 1: no kernel"
+    first = Commands(monkeypatch, serve="stopped after 100 s", throughput=failed)
+    assert not commands.run_commands(["bf16"], run, silent)
+    # A failure stays; what ran out of time is measured again, by another process as well.
+    second = Commands(monkeypatch)
+    later = replace(run, answers=Answers(run.work / "kept"))
+    assert commands.run_commands(["bf16", "resq"], later, silent)
+    assert first.called == ["bf16 serve", "bf16 throughput"]
+    assert second.called == ["bf16 serve", "resq serve", "resq throughput"]
+    rows = commands.command_rows(["fp8-w8a8"], later.answers)
+    found = [(row["contender"], row["command"], row.get("reason")) for row in rows]
+    served, thrown = commands.TITLES.values()
+    assert found == [
+        ("bf16", served, None),
+        ("bf16", thrown, failed),
+        ("resq", served, None),
+        ("resq", thrown, None),
+        ("fp8-w8a8", served, "not measured yet"),
+        ("fp8-w8a8", thrown, "not measured yet"),
+    ]
 
-    def serve(name: str, run: Run, limit: float) -> dict[str, Any]:
-        called.append(name)
-        return {"command": "serve", "contender": name}
 
-    def throughput(name: str, run: Run, limit: float) -> dict[str, Any]:
-        called.append(name)
-        return {"command": "throughput", "contender": name}
-
-    monkeypatch.setattr(commands, "serve", serve)
-    monkeypatch.setattr(commands, "throughput", throughput)
-    (run.work / "serve").mkdir()
-    assert len(commands.run_commands(["bf16"], run, lambda line: None)) == 2
-    assert len(commands.run_commands(["bf16", "resq"], run, lambda line: None)) == 4
-    assert called == ["bf16", "bf16", "resq", "resq"]
-    late = commands.run_commands(["fp8-w8a8"], replace(run, deadline=time.monotonic()), lambda line: None)
-    assert [row["reason"] for row in late] == ["no time left"] * 2
+def test_without_a_full_limit_no_command_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Commands(monkeypatch)
+    said: list[str] = []
+    assert not commands.run_commands(["bf16"], replace(run, deadline=time.monotonic() + 99.5), said.append)
+    assert not late.called
+    assert said == [
+        "not finished: bf16 serve, bf16 throughput (99 s left, a command's limit is 100 s); call the stage again"
+    ]

@@ -53,6 +53,7 @@ def decide(model: str, options: dict[str, Any]) -> dict[str, Any]:
         ),
         "backends": [layer.get_attn_backend().get_name() for layer in layers],
         "graphs": {"mode": mode, "support": graphs},
+        "capture_sizes": config.compilation_config.cudagraph_capture_sizes,
         "fusion": getattr(config.quant_config, "fusion", None),
         "passes": [
             type(found).__name__

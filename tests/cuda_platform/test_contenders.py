@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.dummy_model import SHAPES
-from benchmarks.gpu_serve_contenders import CONTENDERS, model_folder
+from benchmarks.gpu_serve_contenders import CAPTURE_SIZES, CONTENDERS, model_folder
 from tests.cuda_platform.support import decisions
 
 # TurboQuant leaves the first and the last two layers in bf16.
@@ -22,7 +22,8 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder: Path = tmp_path_factory.mktemp("models")
     patch = pytest.MonkeyPatch()
     patch.setitem(SHAPES, "few", replace(SHAPES["8b"], num_hidden_layers=LAYERS))
-    engines = [(model_folder(folder, "few", c, 4224), c.options | {"max_model_len": 4224}) for c in CONTENDERS.values()]
+    shared = {"max_model_len": 4224, "max_num_seqs": 256, "cudagraph_capture_sizes": list(CAPTURE_SIZES)}
+    engines = [(model_folder(folder, "few", c, 4224), c.options | shared) for c in CONTENDERS.values()]
     patch.undo()
     return dict(zip(CONTENDERS, decisions(engines), strict=True))
 
@@ -31,6 +32,7 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def test_contender_is_accepted(decided: dict[str, dict[str, Any]], name: str) -> None:
     assert "refused" not in decided[name]
     assert decided[name]["graphs"]["mode"] == "FULL_AND_PIECEWISE"
+    assert decided[name]["capture_sizes"] == list(CAPTURE_SIZES)
 
 
 @pytest.mark.parametrize(
