@@ -141,7 +141,10 @@ class GPUKernels:
             found = "unknown" if chip is None else f"{chip.major}.{chip.minor}"
             return f"{name} (compute capability {found}; its kernels need 8.0 or later)"
         module, reason = _gpu_kv()
-        return f"a Python without Triton ({reason}; its kernels on GPUs are written in it)" if module is None else None
+        if module is None:
+            return f"a Python without Triton ({reason}; its kernels on GPUs are written in it)"
+        most = module.schedule.prefill_tile(heads.layout.head_dim).rows
+        return f"{heads.group} query heads for each KV head (at most {most})" if heads.group > most else None
 
     def describe(self, dtype: torch.dtype, layout: KVLayout) -> str:
         return "Triton, decode split-K flash-decoding, prefill over unpacked blocks"

@@ -8,6 +8,7 @@ import torch
 
 from resq_vllm.errors import ResQError
 from resq_vllm.gpu_kv.page import Page
+from resq_vllm.gpu_kv.schedule import prefill_tile
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -124,6 +125,11 @@ def check_attention(
     _require(
         query.shape[1] % cache.shape[1] == 0,
         lambda: f"{query.shape[1]} query heads are no multiple of the KV cache's {cache.shape[1]} heads",
+    )
+    rows = prefill_tile(page.head_dim).rows
+    _require(
+        query.shape[1] <= rows * cache.shape[1],
+        lambda: f"{query.shape[1] // cache.shape[1]} query heads for each KV head are more than the kernels' {rows}",
     )
     sequences = seq_lens.shape[0]
     _check_int32("seq_lens", seq_lens, (sequences,))

@@ -23,7 +23,21 @@ def bundled_shape() -> Shape:
     return Shape(**{name: config[name] for name in Shape.__dataclass_fields__})
 
 
-NAMES = ("bf16", "resq", "bf16-64", "resq-64", "fp8-kv", "skip", "mixed", "block-32", "eager")
+NAMES = (
+    "bf16",
+    "resq",
+    "bf16-64",
+    "resq-64",
+    "bf16-96",
+    "resq-96",
+    "bf16-window",
+    "resq-window",
+    "fp8-kv",
+    "skip",
+    "mixed",
+    "block-32",
+    "eager",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +48,9 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     per_layer = json.loads(json.dumps(quantized))
     per_layer["quantization_config"]["kv_cache"][0] = {"low_bits": 16, "high": 0}
     per_layer["quantization_config"]["kv_cache"][1] = {"low_bits": 8, "high": 0}
-    bf16, resq, mixed, small, small_resq = (
+    shape_96 = replace(HEAD_DIM_128, hidden_size=3072, head_dim=96)
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1024}
+    bf16, resq, mixed, small, small_resq, of_96, resq_96, windowed, resq_windowed = (
         write_model(folder / name, config)
         for name, config in {
             "bf16": bf16_config(HEAD_DIM_128),
@@ -42,6 +58,10 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "mixed": per_layer,
             "bf16-64": bf16_config(bundled_shape()),
             "resq-64": resq_config(bundled_shape()),
+            "bf16-96": bf16_config(shape_96),
+            "resq-96": resq_config(shape_96),
+            "bf16-window": bf16_config(HEAD_DIM_128) | window,
+            "resq-window": quantized | window,
         }.items()
     )
     engines: list[tuple[Path, dict[str, Any]]] = [
@@ -49,6 +69,10 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         (resq, {}),
         (small, {}),
         (small_resq, {}),
+        (of_96, {}),
+        (resq_96, {}),
+        (windowed, {}),
+        (resq_windowed, {}),
         (resq, {"kv_cache_dtype": "fp8"}),
         (resq, {"kv_cache_dtype_skip_layers": ["0"]}),
         (mixed, {}),
@@ -58,7 +82,7 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return dict(zip(NAMES, decisions(engines), strict=True))
 
 
-@pytest.mark.parametrize("name", ["resq", "resq-64"])
+@pytest.mark.parametrize("name", ["resq", "resq-64", "resq-96", "resq-window"])
 def test_our_method_and_backend_are_picked(decided: dict[str, dict[str, Any]], name: str) -> None:
     answer = decided[name]
     assert answer["platform"] == "cuda"
@@ -69,9 +93,11 @@ def test_our_method_and_backend_are_picked(decided: dict[str, dict[str, Any]], n
     assert answer["block_size"] == 64
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("resq", 3.25), ("resq-64", 3.0)])
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("resq", 3.25), ("resq-64", 3.0), ("resq-96", 3.09), ("resq-window", 3.25)]
+)
 def test_tokens_of_the_cache_against_bf16(decided: dict[str, dict[str, Any]], name: str, ratio: float) -> None:
-    """By vLLM's own accounting: 156 bytes a token and head instead of 512 at head_dim 128, 84 instead of 256 at 64."""
+    """By vLLM's own accounting: 156 bytes a token and head instead of 512 at head_dim 128, 124 of 384, 84 of 256."""
     plain = decided[name.replace("resq", "bf16")]
     assert set(plain["backends"]) == {"FLASH_ATTN"}
     assert decided[name]["kv_tokens"] >= ratio * plain["kv_tokens"]

@@ -31,7 +31,7 @@ WORKSPACE_BYTES = 4096
 class ReferenceModule:
     """Stands in for resq_vllm.gpu_kv: the reference, and a record of the launches."""
 
-    schedule = SimpleNamespace(DECODE_ROWS=16)
+    schedule = SimpleNamespace(DECODE_ROWS=16, prefill_tile=lambda head_dim: SimpleNamespace(rows=128))
 
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
@@ -151,6 +151,11 @@ def test_chip_before_ampere_is_named(
     platform.get_device_name = lambda: "Tesla T4"
     platform.get_device_capability = lambda: None if chip is None else SimpleNamespace(major=chip[0], minor=chip[1])
     assert kernels().problem(HEADS) == f"Tesla T4 (compute capability {found}; its kernels need 8.0 or later)"
+
+
+def test_more_query_heads_than_a_tile_has_rows_are_named(platform: Any, module: ReferenceModule) -> None:
+    assert kernels().problem(Heads(128, 1, LAYOUT)) is None
+    assert kernels().problem(Heads(129, 1, LAYOUT)) == "129 query heads for each KV head (at most 128)"
 
 
 def test_missing_triton_is_named(platform: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,9 @@ def test_refusals() -> None:
     arguments = (made.cache, torch.empty_like(made.query), made.block_table, made.seq_lens, made.query_start_loc)
     with pytest.raises(ResQError, match=r"needs a workspace of \d+ bytes, not 0"):
         attention(made.query, *arguments, made.rotation, 0.1, 8, 4, -1, 1, 700, None, num_sms=16)
+    many = torch.zeros(1, 129 * made.cache.shape[1], 64, dtype=torch.bfloat16)
+    with pytest.raises(ResQError, match=r"129 query heads for each KV head are more than the kernels' 128"):
+        attention(many, made.cache, many, *arguments[2:], None, 0.1, 8, 4, -1, 1, 700, None, num_sms=16)
     with pytest.raises(ResQError, match=r"query and output must be alike"):
         attention(made.query.half(), *arguments, made.rotation, 0.1, 8, 4, -1, 1, 700, None, num_sms=16)
     with pytest.raises(ResQError, match=r"seq_lens must be int32"):
