@@ -86,7 +86,7 @@ def for_file(name: str, archs: tuple[str, ...]) -> tuple[str, ...]:
     if name in BOUND_BY_MEMORY and "sm_80" in archs:
         return tuple(a for a in archs if a not in ("sm_86", "sm_89"))
     if name.endswith("_sm80"):
-        return tuple(a for a in archs if a.startswith("sm_8")) or archs
+        return tuple(a for a in archs if a.startswith(("sm_8", "compute_8"))) or archs
     if name.endswith("_sm90"):
         return tuple(a for a in archs if a == "sm_90a") or archs
     return archs
