@@ -62,11 +62,13 @@ def test_work_counts_the_scores_below_the_diagonal() -> None:
 
 def test_rows_and_table() -> None:
     layer = Comparison("bf16", {"bf16": [5e3, 5e3], "resq": [5e3, 15e3]})
-    attention = Comparison("bf16", {"bf16": [1e4, 1e4], "resq": [2e4, 3e4]})
+    attention = Comparison("bf16", {"bf16": [1e4, 1e4], "resq": [2e4, 4e4]})
     rows = rows_of(Case("decode", 16, 1024, 1), LLAMA_8B, Measured(layer, attention))
     assert [row["layer_ratio_to_bf16"] for row in rows] == [1.0, 2.0]
-    assert [row["attention_ratio_to_bf16"] for row in rows] == [1.0, 2.5]
+    assert [row["attention_ratio_to_bf16"] for row in rows] == [1.0, 3.0]
     assert (rows[0]["layer_us"], rows[0]["attention_us"]) == (200.0, 100.0)
+    assert [row["layer_quartiles_us"] for row in rows] == [[200.0, 200.0], [80.0, 133.3]]
+    assert [row["attention_quartiles_us"] for row in rows] == [[100.0, 100.0], [28.57, 40.0]]
     assert rows[0]["kv_gb_s"] == pytest.approx(16 * 1024 * 8 * 512 / 1e-4 / 1e9, rel=1e-3)
     assert table(rows).row_count == 2
 

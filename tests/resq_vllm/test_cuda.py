@@ -89,8 +89,8 @@ def test_chips_after_hopper_run_the_best_there_is_and_the_log_says_so() -> None:
         machine = Machine(name, chip, 13000)
         assert problem(machine, ["compute_90"], 13000) is None
         assert note(machine, ["compute_90"]) == (
-            f"{name} (compute capability {chip[0]}.{chip[1]}) runs the 8-bit mma.sync kernels, the fastest that ResQ has "
-            "for it; the driver compiles them from PTX (compute_90) when they are first used"
+            f"{name} (compute capability {chip[0]}.{chip[1]}) runs the 8-bit mma.sync kernels, the fastest that ResQ "
+            "has for it; the driver compiles them from PTX (compute_90) when they are first used"
         )
     assert note(Machine("NVIDIA B200", (10, 0), 13000), ["compute_90", "sm_100"]).endswith("that ResQ has for it")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import setup_env
+from tools import cuda_build, setup_env
 
 
 @pytest.fixture
@@ -71,9 +71,9 @@ def test_nvcc_is_installed_only_where_there_is_none(monkeypatch: pytest.MonkeyPa
         return True
 
     monkeypatch.setattr(setup_env, "install", install)
-    monkeypatch.setattr(setup_env.cuda_build, "find_nvcc", lambda: Path("/usr/local/cuda/bin/nvcc"))
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: Path("/usr/local/cuda/bin/nvcc"))
     setup_env.install_cuda_compiler()
-    monkeypatch.setattr(setup_env.cuda_build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
     monkeypatch.setenv("RESQ_CUDA", "0")
     setup_env.install_cuda_compiler()
     assert calls == []
