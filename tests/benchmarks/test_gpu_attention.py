@@ -80,14 +80,24 @@ def test_new_tokens_are_the_last_of_their_sequences() -> None:
     assert found.tolist() == [2 * 64 + 63, 5 * 64, 5 * 64 + 1, 0 * 64 + 63, 4 * 64, 4 * 64 + 1]
 
 
-def test_our_layer_equals_the_reference() -> None:
+def run_checks(**variables: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "checks_gpu_attention.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, cwd=HERE.parents[1], timeout=600
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "2 passed" in done.stdout
+
+
+def test_our_layer_equals_the_reference() -> None:
+    run_checks(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_our_layer_on_a_gpu_equals_the_reference() -> None:
+    run_checks(RESQ_TEST_DEVICE="cuda")
 
 
 class FlashAttention:
