@@ -182,7 +182,7 @@ def main(
         raise typer.Exit(NO_GPU)
     # Only here: they need vLLM or the CUDA library.
     from benchmarks import gpu_contenders
-    from benchmarks.gpu_checks import failures
+    from benchmarks.gpu_checks import cases, failures
     from resq_vllm.quantized_linear import cuda_kernel
 
     console = wide_console()
@@ -191,7 +191,9 @@ def main(
         wrong = failures(properties.major)
         for sentence in wrong:
             console.print(sentence, highlight=False)
-        console.print(f"{properties.name}: {len(wrong)} cases differ from the reference", highlight=False)
+        compared = len(list(cases(properties.major)))
+        said = f"{properties.name}: {len(wrong)} of {compared} cases differ from the reference"
+        console.print(said, highlight=False, soft_wrap=True)
         if wrong or check_only:
             raise typer.Exit(1 if wrong else 0)
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
-from benchmarks import gpu_contenders, gpu_linear
+from benchmarks import gpu_checks, gpu_contenders, gpu_linear
+from benchmarks.gpu_check_report import counts
 from benchmarks.gpu_checks import SHAPES, cases, expected
 from benchmarks.gpu_contenders import LLAMA_8B, LLAMA_70B, OurWeight, Shape, contenders, our_bytes
 from benchmarks.gpu_linear import fraction, table
@@ -144,6 +146,20 @@ def test_run_ends_where_ours_cannot_be_built_and_goes_on_where_a_rival_cannot(
     entries["resq"] = replace(entries["resq"], build=refuse(RuntimeError("no memory")))
     with pytest.raises(RuntimeError, match="no memory"):
         gpu_linear.main(report, layer=["o"], contender=None, **run)
+
+
+@pytest.mark.parametrize("wrong", [[], ["decode_m8_n32 x1 differs"]])
+def test_check_says_how_many_cases_it_compared(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_linear, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Device)
+    monkeypatch.setattr(gpu_checks, "failures", lambda major: wrong)
+    with pytest.raises(typer.Exit) as ended:
+        gpu_linear.main(None, layer=None, tokens=None, contender=None, check_only=True)
+    assert ended.value.exit_code == len(wrong)
+    compared = len(list(cases(9)))
+    assert counts(capsys.readouterr().out) == {"passed": compared - len(wrong), "failed": len(wrong), "skipped": 0}
 
 
 def test_table_names_the_kernel() -> None:
