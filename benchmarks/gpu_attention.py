@@ -2,9 +2,9 @@
 
 Contenders take turns, each as a CUDA graph of calls over rotating pages, so that the L2 cache is cold. `layer_us`: the
 write of the new tokens (with the query's rotation or quantization) and attention, as vLLM launches them;
-`attention_us`: attention alone. `…_ratio_to_bf16`: median of paired ratios to FlashAttention over a bf16 cache. That
-ours is right is checked by the tests (`pytest tests/resq_vllm/gpu_kv`, which use the GPU where there is one). Needs a
-GPU: no figure is written without one.
+`attention_us`: attention alone; `…_quartiles_us`: of the rounds. `…_ratio_to_bf16`: median of paired ratios to
+FlashAttention over a bf16 cache. That ours is right is checked by the tests (`pytest tests/resq_vllm/gpu_kv`, which use
+the GPU where there is one). Needs a GPU: no figure is written without one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.gpu_attention_contenders import LLAMA_1B, LLAMA_8B, Case, Heads, UnavailableError, contenders
-from benchmarks.gpu_linear import NO_GPU, captured
+from benchmarks.gpu_attention_contenders import LLAMA_1B, LLAMA_8B, Case, Heads, contenders
+from benchmarks.gpu_linear import NO_GPU, captured, must_run, quartiles_us, why
 from benchmarks.pairs import Comparison, interleave
 from benchmarks.report import rounded, wide_console, write_report
 
@@ -63,17 +63,17 @@ class Measured:
 def measure_cell(names: Sequence[str], case: Case, heads: Heads, rounds: int) -> tuple[Measured, dict[str, str]]:
     """All contenders on one case, and why some of the others' refuse it.
 
-    Raises UnavailableError or RuntimeError when bf16 or one of ours refuses.
+    Raises what bf16 or one of ours raises.
     """
     layer, attention, refused = {}, {}, {}
     for name in names:
         try:
             calls = contenders()[name].calls(case, heads)
             layer[name], attention[name] = captured(calls.layer), captured(calls.attention)
-        except (UnavailableError, RuntimeError) as error:
-            if name == "bf16" or name.startswith("resq"):
+        except Exception as error:
+            if must_run(name):
                 raise
-            refused[name] = str(error).partition("\n")[0]
+            refused[name] = why(error)
     return Measured(interleave(layer, rounds, "bf16"), interleave(attention, rounds, "bf16")), refused
 
 
@@ -92,8 +92,10 @@ def rows_of(case: Case, heads: Heads, measured: Measured) -> list[dict[str, Any]
                 "queries": case.queries,
                 "contender": name,
                 "layer_us": rounded(1e6 / measured.layer.median(name)),
+                "layer_quartiles_us": quartiles_us(measured.layer, name),
                 "layer_ratio_to_bf16": rounded(measured.layer.ratio(name)),
                 "attention_us": rounded(1e6 * seconds),
+                "attention_quartiles_us": quartiles_us(measured.attention, name),
                 "attention_ratio_to_bf16": rounded(measured.attention.ratio(name)),
                 "kv_gb_s": rounded(read / seconds / 1e9),
                 "tflop_s": rounded(case.work(heads) / seconds / 1e12),
@@ -154,7 +156,7 @@ def main(
         for case in cases(batch or BATCHES, context or CONTEXTS):
             measured, refused = measure_cell(names, case, heads, rounds)
             at = f"{heads.name} {case.phase}, batch {case.sequences}, context {case.context}"
-            unavailable |= {f"{name} ({at})": why for name, why in refused.items()}
+            unavailable |= {f"{name} ({at})": said for name, said in refused.items()}
             rows += rows_of(case, heads, measured)
             torch.cuda.empty_cache()
             if json_file is not None:  # after every cell: a run that is cut off leaves what it measured

@@ -2,7 +2,7 @@
 
 First every kernel must equal the reference bit for bit; then contenders take turns, each as a CUDA graph of calls that
 rotate through copies of the weight, so that the L2 cache is cold. `ratio_to_bf16`: median of paired ratios to cuBLAS
-bf16. `fraction`: the least time that the measured ceilings allow over the measured time.
+bf16. `quartiles_us`: of the rounds. `fraction`: the least time that the measured ceilings allow over the measured time.
 """
 
 from __future__ import annotations
@@ -48,16 +48,18 @@ def missing() -> str | None:
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 def seconds_of(call: Callable[[], object], repeats: int = 10) -> float:
     """Least device time of a call, s."""
+    return min(seconds_queued(call) for _ in range(repeats))
+
+
+def seconds_queued(call: Callable[[], object]) -> float:
+    """Device time of a call, s, queued behind one of its own: the host's part of the launch is not in it."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     call()
-    best = math.inf
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3)
-    return best
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def measured_ceilings() -> dict[str, float]:
@@ -104,18 +106,25 @@ def captured(calls: Sequence[Callable[[], object]], length: int = 0) -> Callable
     graph.replay()
 
     def turn() -> float:
-        return length / seconds_of_replay(graph)
+        return length / seconds_queued(graph.replay)
 
     return turn
 
 
-def seconds_of_replay(graph: torch.cuda.CUDAGraph) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def must_run(name: str) -> bool:
+    """Whether a contender's failure ends the run: ours, and what all are compared with."""
+    return name == "bf16" or name.startswith("resq")
+
+
+def why(error: Exception) -> str:
+    """One line of it: a message may be empty, or pages long."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".removesuffix(": ")
+
+
+def quartiles_us(measured: Comparison, name: str) -> list[float]:
+    """First and third quartile of the rounds' times a call; rounds are calls a second."""
+    low, high = measured.quartiles(name)
+    return [rounded(1e6 / high), rounded(1e6 / low)]
 
 
 def measure_cell(
@@ -123,17 +132,17 @@ def measure_cell(
 ) -> tuple[Comparison, dict[str, str]]:
     """All contenders for one input x [M, K], and why some of the others' refuse it.
 
-    sizes: bytes of one copy of each one's weight. Raises RuntimeError when one of ours, or bf16, refuses.
+    sizes: bytes of one copy of each one's weight. Raises what one of ours, or bf16, raises.
     """
     turns, refused = {}, {}
     for name, build in builds.items():
         copies = max(1, math.ceil(POOL_BYTES / sizes[name]))
         try:
             turns[name] = captured(list(itertools.islice(build(x), copies)))
-        except RuntimeError as error:
-            if name == "bf16" or name.startswith("resq"):
+        except Exception as error:
+            if must_run(name):
                 raise
-            refused[name] = str(error).partition("\n")[0]
+            refused[name] = why(error)
     return interleave(turns, rounds, "bf16"), refused
 
 
@@ -164,6 +173,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds a cell.")] = 7,
     contender: Annotated[list[str] | None, typer.Option(help="Contenders, repeatable; bf16 always runs [all].")] = None,
     check_only: Annotated[bool, typer.Option(help="Compare with the reference, measure nothing.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare with the reference before measuring.")] = True,
 ) -> None:
     """Check the CUDA linear ops, measure them and print the table."""
     reason = missing()
@@ -172,17 +182,20 @@ def main(
         raise typer.Exit(NO_GPU)
     # Only here: they need vLLM or the CUDA library.
     from benchmarks import gpu_contenders
-    from benchmarks.gpu_checks import failures
+    from benchmarks.gpu_checks import cases, failures
     from resq_vllm.quantized_linear import cuda_kernel
 
     console = wide_console()
     properties = torch.cuda.get_device_properties(0)
-    wrong = failures(properties.major)
-    for sentence in wrong:
-        console.print(sentence, highlight=False)
-    console.print(f"{properties.name}: {len(wrong)} cases differ from the reference", highlight=False)
-    if wrong or check_only:
-        raise typer.Exit(1 if wrong else 0)
+    if check or check_only:
+        wrong = failures(properties.major)
+        for sentence in wrong:
+            console.print(sentence, highlight=False)
+        compared = len(list(cases(properties.major)))
+        said = f"{properties.name}: {len(wrong)} of {compared} cases differ from the reference"
+        console.print(said, highlight=False, soft_wrap=True)
+        if wrong or check_only:
+            raise typer.Exit(1 if wrong else 0)
 
     shapes = {"8B": gpu_contenders.LLAMA_8B, "70B": gpu_contenders.LLAMA_70B}
     if model not in (*shapes, "both"):
@@ -204,8 +217,10 @@ def main(
                 continue
             try:
                 builds[name] = entry.build(shape)
-            except (gpu_contenders.UnavailableError, RuntimeError) as error:
-                unavailable[name] = str(error).partition("\n")[0]
+            except Exception as error:
+                if must_run(name):
+                    raise
+                unavailable[name] = why(error)
         sizes = {name: known[name].weight_bytes(shape) for name in builds}
         plan = shape.plan()
         for count in tokens or TOKENS:
@@ -213,7 +228,7 @@ def main(
                 continue
             x = torch.randn(count, shape.columns, device="cuda", dtype=torch.bfloat16)
             measured, refused = measure_cell(builds, sizes, x, rounds)
-            unavailable |= {f"{name} ({shape.name}, M = {count})": why for name, why in refused.items()}
+            unavailable |= {f"{name} ({shape.name}, M = {count})": said for name, said in refused.items()}
             kernel = cuda_kernel(count, shape.outputs, plan.flat_segments(), plan.group_bits, 4)
             for name in measured.rounds:
                 seconds, work = 1 / measured.median(name), 2.0 * count * shape.outputs * shape.columns
@@ -225,6 +240,7 @@ def main(
                         "K": shape.columns,
                         "contender": name,
                         "median_us": rounded(1e6 * seconds),
+                        "quartiles_us": quartiles_us(measured, name),
                         "ratio_to_bf16": rounded(measured.ratio(name)),
                         "gb_s": rounded(sizes[name] / seconds / 1e9),
                         "top_s": rounded(work / seconds / 1e12),

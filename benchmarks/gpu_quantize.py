@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.gpu_linear import GRAPH_CALLS, NO_GPU, POOL_BYTES, captured, missing
+from benchmarks.gpu_linear import GRAPH_CALLS, NO_GPU, POOL_BYTES, captured, missing, quartiles_us, why
 from benchmarks.pairs import interleave
 from benchmarks.report import rounded, write_report
 from resq_vllm import fused, ops
@@ -40,8 +40,8 @@ def norm_contenders(columns: int) -> dict[str, Contender]:
 
         vllm_ops.rms_norm(torch.empty(1, columns, device="cuda", dtype=torch.bfloat16), *_one_row(columns, weight))
         found = {"rms_norm": lambda x: _into(lambda out: vllm_ops.rms_norm(out, x, weight, 1e-5), x)}
-    except (ImportError, AttributeError, RuntimeError) as error:
-        print(f"vLLM's RMSNorm is not measured, torch's is: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    except Exception as error:
+        print(f"vLLM's RMSNorm is not measured, torch's is: {why(error)}", file=sys.stderr)
     alone = found["rms_norm"]
     found["rms_norm_quantize"] = lambda x: fused.rms_norm_quantize(x, None, weight, 1e-5, *what)
     found["quantize_pack"] = lambda x: fused.quantize_pack(x, *what)
@@ -104,6 +104,7 @@ def measure(builds: Mapping[str, Contender], tokens: int, columns: int, rounds: 
             "M": tokens,
             "contender": name,
             "median_us": rounded(1e6 / measured.median(name)),
+            "quartiles_us": quartiles_us(measured, name),
             f"time_of_{first}": rounded(1 / measured.ratio(name)),
             "gb_s_read": rounded(size * measured.median(name) / 1e9),
         }
@@ -134,9 +135,8 @@ def main(
                 print(columns, row)
             rows += cell
             torch.cuda.empty_cache()
-    if json_file is not None:
-        properties = torch.cuda.get_device_properties(0)
-        write_report(json_file, rows, device={"name": properties.name}, pool_bytes=POOL_BYTES)
+            if json_file is not None:  # after every cell: a run that is cut off leaves what it measured
+                write_report(json_file, rows, device={"name": torch.cuda.get_device_name(0)}, pool_bytes=POOL_BYTES)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,6 @@ earlier=${EARLIER:-}
 site=${SITE:-$PWD/results/gpu-serve/site}
 # Of the 8 minutes: set-up takes its share, and the report needs a moment.
 seconds_left() { echo $((SECONDS < 464 ? 465 - SECONDS : 1)); }
-# Of this tree; uncommitted changes show as -dirty.
-commit_here() {
-  if [ -e .git ]; then
-    git describe --always --dirty --abbrev=40 --exclude '*'
-  else
-    cat commit.txt 2>/dev/null
-  fi
-}
 
 case $stage in correctness | 8b | 1b | serve) ;; *)
   echo "gpu_serve.sh: the stage must be correctness, 8b, 1b or serve, not '$stage'." >&2
@@ -53,8 +45,8 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 mkdir -p "$work" "$out"
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader | tee "$out/gpu.txt"
-RESQ_COMMIT=${RESQ_COMMIT:-$(commit_here)}
-export RESQ_COMMIT=${RESQ_COMMIT:-unknown: no .git, no \$RESQ_COMMIT, no commit.txt}
+RESQ_COMMIT=$(bash benchmarks/gpu_setup.sh commit)
+export RESQ_COMMIT
 echo "$RESQ_COMMIT" | tee "$out/commit.txt"
 if [ -n "$earlier" ]; then
   for file in "$earlier/gpu_serve_$stage".*; do
@@ -63,26 +55,24 @@ if [ -n "$earlier" ]; then
   done
 fi
 
-if [ -n "$bundle" ] && [ ! -f "$site/ready" ]; then
-  if [ -f "$bundle/install_bundle.sh" ]; then
-    PYTHON=$python sh "$bundle/install_bundle.sh" --to "$site" "$bundle/out/core" || exit 1
-  else
-    "$python" -m pip install -q --no-index --find-links "$bundle" --target "$site" vllm openai || exit 1
-    echo "export PYTHONPATH=$site\${PYTHONPATH:+:\$PYTHONPATH}" >"$site/env.sh"
-  fi
-  touch "$site/ready"
-fi
+export PYTHON=$python
+# within SECONDS WHAT COMMAND...: the steps before the stage have a limit each.
+within() {
+  local limit=$1 what=$2
+  shift 2
+  timeout --kill-after=5 "$limit" "$@" && return
+  echo "gpu_serve.sh: $what failed, or took longer than $limit s." >&2
+  exit 1
+}
+[ -z "$bundle" ] || within 90 "unpacking vLLM" bash benchmarks/gpu_setup.sh unpack "$bundle" "$site"
 # shellcheck disable=SC1091
 [ -f "$site/env.sh" ] && . "$site/env.sh"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-if "$python" -c 'import sys; from tools import cuda_build; sys.exit(cuda_build.find_nvcc() is None)'; then
-  chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-  case $chip in 90) chip=90a ;; esac
-  RESQ_CUDA_ARCHS=${RESQ_CUDA_ARCHS:-sm_$chip} timeout 200 "$python" setup.py -q build_ext --inplace || exit 1
-fi
+within 120 "building the kernels" bash benchmarks/gpu_setup.sh build
 # vLLM finds the plugin by the metadata of a distribution on PYTHONPATH.
-"$python" setup.py -q egg_info || exit 1
-"$python" -c 'from resq_vllm import cuda, ops; cuda.require(0); print("CPU ops", ops.isa(), "- CUDA kernels load")' || exit 1
+within 20 "setup.py egg_info" "$python" setup.py -q egg_info
+within 40 "loading the kernels" "$python" -c \
+  'from resq_vllm import cuda, ops; cuda.require(0); print("CPU ops", ops.isa(), "- CUDA kernels load")'
 
 exec "$python" -m benchmarks.gpu_serve "$stage" --out "$out" --work "$work" --seconds "$(seconds_left)" "$@"

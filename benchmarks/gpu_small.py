@@ -1,7 +1,11 @@
-"""`python -m benchmarks.gpu_small`: every CUDA op once on small shapes, for compute-sanitizer; prints what it ran."""
+"""`python -m benchmarks.gpu_small`: every CUDA op once on small shapes, for compute-sanitizer; prints what it ran.
+
+`--kernels wgmma` runs only those GEMMs, with what makes their input; `--kernels others` everything else.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -20,8 +24,19 @@ PLANS = {
 }
 
 
-def run(plan: LinearPlan, tokens: int, outputs: int) -> None:
-    """The quantize ops and a linear layer of ``plan``."""
+def chosen(kernels: str, major: int, plan: LinearPlan, tokens: int) -> list[tuple[str, int]]:
+    """GEMMs of a family ("wgmma", "others" or "all") that ``tokens`` rows can get on the chip, with their splits."""
+    return [
+        (kernel, 2 if splits else 1)
+        for kernel, (most, splits) in KERNELS.items()
+        if runs_on(kernel, major, plan)
+        and (not most or tokens <= most)
+        and (kernels == "all" or (kernels == "wgmma") == kernel.startswith("wgmma"))
+    ]
+
+
+def run(plan: LinearPlan, tokens: int, outputs: int, kernels: str) -> list[str]:
+    """The quantize ops, unless ``kernels`` is "wgmma", and linear layers of ``plan``; the GEMMs that ran."""
     g = torch.Generator("cuda").manual_seed(tokens)
 
     def random(*shape: int) -> torch.Tensor:
@@ -31,7 +46,7 @@ def run(plan: LinearPlan, tokens: int, outputs: int) -> None:
     dense = hadamard_matrix(k).float().cuda() if k > 1 else None
     segments, bits = plan.flat_segments(), list(plan.group_bits)
     x = random(tokens, plan.columns)
-    for nibbles in (False, True):
+    for nibbles in (False, True) if kernels != "wgmma" else ():
         fused.quantize_pack(x, segments, bits, plan.hadamard_groups, dense, 0, nibbles)
         fused.silu_mul_quantize(
             random(tokens, 2 * plan.columns), segments, bits, plan.hadamard_groups, dense, 0, nibbles
@@ -39,33 +54,38 @@ def run(plan: LinearPlan, tokens: int, outputs: int) -> None:
         if not plan.hadamard_groups:
             weight = random(plan.columns)
             fused.rms_norm_quantize(x, random(tokens, plan.columns), weight, 1e-5, segments, bits, 0, nibbles)
-    ops.quantize_activation(x, segments, bits, plan.hadamard_groups, dense)
-    if plan.hadamard_groups:
+    if kernels != "wgmma":
+        ops.quantize_activation(x, segments, bits, plan.hadamard_groups, dense)
+    if kernels != "wgmma" and plan.hadamard_groups:
         ops.hadamard(x, plan.hadamard_groups, dense)
     low, high = plan.part_columns
     codes = torch.randint(0, 255, (outputs, low // 2), dtype=torch.uint8, device="cuda") if low else None
     bytes_ = torch.randint(-127, 127, (outputs, high), dtype=torch.int8, device="cuda") if high else None
     packed, sums = ops.pack_weight(codes, bytes_, 4, outputs, segments)
     scales = torch.rand(plan.scale_rows, outputs, device="cuda")
-    ops.linear(x, packed, scales, sums, random(outputs), outputs, segments, bits, plan.hadamard_groups, dense)
+    if kernels != "wgmma":
+        ops.linear(x, packed, scales, sums, random(outputs), outputs, segments, bits, plan.hadamard_groups, dense)
     quantized = fused.quantize_pack(x, segments, bits, plan.hadamard_groups, dense)
     major = torch.cuda.get_device_capability()[0]
-    for kernel, (most, splits) in KERNELS.items():
-        if runs_on(kernel, major, plan) and (not most or tokens <= most):
-            tail = (packed, scales, sums, None, outputs, segments, bits, torch.bfloat16, 0, kernel, 2 if splits else 1)
-            linear_quantized(quantized, *tail)
+    found = chosen(kernels, major, plan, tokens)
+    for kernel, splits in found:
+        tail = (packed, scales, sums, None, outputs, segments, bits, torch.bfloat16, 0, kernel, splits)
+        linear_quantized(quantized, *tail)
+    return [kernel for kernel, _ in found]
 
 
 def main() -> int:
     """Run everything; the exit status is the sanitizer's business."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", choices=("all", "wgmma", "others"), default="all", help="GEMMs to run [all]")
+    kernels = parser.parse_args().kernels
     if not torch.cuda.is_available():
         print("benchmarks.gpu_small needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
     for name, plan in PLANS.items():
-        for tokens in (1, 5, 40):
-            run(plan, tokens, 144)
+        ran = {kernel for tokens in (1, 5, 40) for kernel in run(plan, tokens, 144, kernels)}
         torch.cuda.synchronize()
-        print(f"{name}: ran")
+        print(f"{name}: ran {', '.join(sorted(ran)) or 'no GEMM: this chip has none of these'}")
     return 0
 
 

@@ -23,6 +23,14 @@ class Comparison:
         pairs = zip(self.rounds[name], self.rounds[self.baseline], strict=True)
         return statistics.median(value / base for value, base in pairs)
 
+    def quartiles(self, name: str) -> tuple[float, float]:
+        """First and third quartile over the rounds of a contender: how far its rounds lie apart."""
+        values = self.rounds[name]
+        if len(values) == 1:
+            return values[0], values[0]
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        return low, high
+
     def to_dict(self) -> dict[str, object]:
         """JSON form: every round, the medians and the paired ratios."""
         return {

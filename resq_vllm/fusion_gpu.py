@@ -64,10 +64,12 @@ class FuseQuantization(InductorPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         norms, activations = fuse(graph)
-        if norms or activations:
+        alone = sum(_is_linear(node) for node in graph.nodes)
+        if norms or activations or alone:
             log_once(
                 logging.INFO,
-                f"ResQ: {norms} RMSNorm and {activations} SiLU·mul fused into quantization in a compiled piece",
+                f"ResQ: {norms} RMSNorm and {activations} SiLU·mul fused into quantization in a compiled piece; "
+                f"linear layers in it that quantize their input in a launch of their own: {alone}",
             )
 
     def uuid(self) -> str:
@@ -79,7 +81,7 @@ def fuse(graph: fx.Graph) -> tuple[int, int]:
     """Rewrite the graph in place; how many RMSNorm and how many SiLU·mul went into a linear layer."""
     norms = activations = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not torch.ops.resq.linear.default:
+        if not _is_linear(node):
             continue
         given = dict(zip(_LINEAR, (*node.args, 0), strict=False)) | dict(node.kwargs)
         x = given["x"]
@@ -93,6 +95,10 @@ def fuse(graph: fx.Graph) -> tuple[int, int]:
         graph.eliminate_dead_code()
         graph.lint()
     return norms, activations
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.resq.linear.default
 
 
 def _is_rows(x: Any) -> bool:

@@ -26,8 +26,10 @@ BEGIN = ("tests/serving", "tests/offline/test_quality.py")
 
 
 def scope(nodeid: str) -> str:
-    """What stays in one process: a file's tests, and all that share servers."""
+    """What stays in one process: a file's tests, and all that share servers; checks of kernels are each alone."""
     file = nodeid.partition("::")[0]
+    if os.path.basename(file).startswith("checks_"):
+        return nodeid
     return BEGIN[0] if file.startswith(BEGIN[0] + "/") else file
 
 

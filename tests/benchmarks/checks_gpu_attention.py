@@ -1,4 +1,4 @@
-"""Our layer of benchmarks.gpu_attention_contenders by Triton's interpreter (run by test_gpu_attention.py)."""
+"""Our layer of gpu_attention_contenders by Triton's interpreter or on a GPU (run by test_gpu_attention.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks import gpu_attention_contenders as contenders
 from benchmarks.gpu_attention_contenders import Case, Heads, resq, slots
 from resq_vllm import gpu_kv, reference
 from resq_vllm.formats.kv_layout import KVLayout
+from tests.resq_vllm.gpu_kv.batches import DEVICE
 
 HEADS = Heads("small", 8, 2, 64)
 LAYOUT = KVLayout(64, 8)
@@ -18,7 +19,7 @@ LAYOUT = KVLayout(64, 8)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "DEVICE", "cpu")
+    monkeypatch.setattr(contenders, "DEVICE", DEVICE)
     # Two tables.
     monkeypatch.setattr(contenders, "POOL_BYTES", 2 * 100 * HEADS.kv * LAYOUT.bytes_per_token)
     monkeypatch.setattr(contenders, "processors", lambda: 4)
@@ -56,10 +57,16 @@ def test_layer_is_the_write_and_attention(case: Case, monkeypatch: pytest.Monkey
     assert torch.equal(where, slots(case, table))
     assert not torch.equal(cache, unchanged)
     expected = unchanged.clone()
-    reference.kv_write(key, value, expected, where, rotation, LAYOUT)
+    # On a GPU a rotated key's sum has another order than the reference's; checks_write.py compares the kernel with it.
+    if DEVICE == "cuda":
+        gpu_kv.kv_write(key, value, expected, where, rotation, LAYOUT.high, LAYOUT.low_bits)
+    else:
+        reference.kv_write(key, value, expected, where, rotation, LAYOUT)
     assert torch.equal(cache, expected)
+    scale = HEADS.dim**-0.5
+    query, cache, table, lengths, starts, rotation = (x.cpu() for x in (given, cache, table, lengths, starts, rotation))
     exact, rounded = (
-        reference.attention(given, cache, table, lengths, starts, rotation, HEADS.dim**-0.5, LAYOUT, -1, dtype)
+        reference.attention(query, cache, table, lengths, starts, rotation, scale, LAYOUT, -1, dtype)
         for dtype in (torch.float64, torch.bfloat16)
     )
-    assert (found.double() - exact).abs().max() <= 2 * (rounded.double() - exact).abs().max()
+    assert (found.cpu().double() - exact).abs().max() <= 2 * (rounded.double() - exact).abs().max()

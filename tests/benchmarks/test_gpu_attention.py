@@ -62,11 +62,13 @@ def test_work_counts_the_scores_below_the_diagonal() -> None:
 
 def test_rows_and_table() -> None:
     layer = Comparison("bf16", {"bf16": [5e3, 5e3], "resq": [5e3, 15e3]})
-    attention = Comparison("bf16", {"bf16": [1e4, 1e4], "resq": [2e4, 3e4]})
+    attention = Comparison("bf16", {"bf16": [1e4, 1e4], "resq": [2e4, 4e4]})
     rows = rows_of(Case("decode", 16, 1024, 1), LLAMA_8B, Measured(layer, attention))
     assert [row["layer_ratio_to_bf16"] for row in rows] == [1.0, 2.0]
-    assert [row["attention_ratio_to_bf16"] for row in rows] == [1.0, 2.5]
+    assert [row["attention_ratio_to_bf16"] for row in rows] == [1.0, 3.0]
     assert (rows[0]["layer_us"], rows[0]["attention_us"]) == (200.0, 100.0)
+    assert [row["layer_quartiles_us"] for row in rows] == [[200.0, 200.0], [80.0, 133.3]]
+    assert [row["attention_quartiles_us"] for row in rows] == [[100.0, 100.0], [28.57, 40.0]]
     assert rows[0]["kv_gb_s"] == pytest.approx(16 * 1024 * 8 * 512 / 1e-4 / 1e9, rel=1e-3)
     assert table(rows).row_count == 2
 
@@ -78,14 +80,24 @@ def test_new_tokens_are_the_last_of_their_sequences() -> None:
     assert found.tolist() == [2 * 64 + 63, 5 * 64, 5 * 64 + 1, 0 * 64 + 63, 4 * 64, 4 * 64 + 1]
 
 
-def test_our_layer_equals_the_reference() -> None:
+def run_checks(**variables: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "checks_gpu_attention.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, cwd=HERE.parents[1], timeout=600
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "2 passed" in done.stdout
+
+
+def test_our_layer_equals_the_reference() -> None:
+    run_checks(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_our_layer_on_a_gpu_equals_the_reference() -> None:
+    run_checks(RESQ_TEST_DEVICE="cuda")
 
 
 class FlashAttention:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
+from benchmarks import gpu_checks, gpu_contenders, gpu_linear
+from benchmarks.gpu_check_report import counts
 from benchmarks.gpu_checks import SHAPES, cases, expected
 from benchmarks.gpu_contenders import LLAMA_8B, LLAMA_70B, OurWeight, Shape, contenders, our_bytes
 from benchmarks.gpu_linear import fraction, table
-from resq_vllm import ops
+from resq_vllm import ops, quantized_linear
 from resq_vllm.quantized_linear import KERNELS, runs_on
 
 
@@ -60,6 +68,98 @@ def test_expected_values_of_the_check_are_those_of_the_cpu_kernels(site: str) ->
     assert integers.shape == (len(weight.plan.runs), 5, 48)
     ours = ops.linear(x, weight.packed, weight.scales, weight.sums, None, 48, weight.segments, weight.group_bits)
     assert torch.equal(y, ours)
+
+
+def test_time_is_of_a_call_that_waits_behind_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("record")
+
+        def synchronize(self) -> None:
+            happened.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert gpu_linear.seconds_queued(lambda: happened.append("call")) == 5e-3
+    assert happened == ["call", "record", "call", "record", "synchronize"]
+
+
+def refuse(error: Exception) -> Callable[..., Any]:
+    def build(*arguments: Any) -> Any:
+        raise error
+
+    return build
+
+
+@pytest.mark.parametrize("error", [TypeError("no argument b_q\nmore"), ImportError(), AssertionError("shape")])
+def test_rivals_that_fail_are_told_and_ours_end_the_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(gpu_linear, "captured", lambda calls: lambda: float(len(calls)))
+    runs = lambda x: iter([lambda: x] * 9)  # noqa: E731
+    x, sizes = torch.zeros(1), dict.fromkeys(("bf16", "resq", "marlin"), gpu_linear.POOL_BYTES // 3)
+    measured, refused = gpu_linear.measure_cell({"bf16": runs, "resq": runs, "marlin": refuse(error)}, sizes, x, 3)
+    assert measured.rounds == {"bf16": [4.0] * 3, "resq": [4.0] * 3}
+    (said,) = refused.values()
+    assert said.startswith(type(error).__name__)
+    assert "\n" not in said
+    for ours in ("bf16", "resq"):
+        with pytest.raises(type(error)):
+            gpu_linear.measure_cell({"bf16": runs, "marlin": runs} | {ours: refuse(error)}, sizes, x, 3)
+
+
+class Device:
+    """What torch says of a GPU."""
+
+    name, major, multi_processor_count = "GPU", 9, 132
+
+
+def test_run_ends_where_ours_cannot_be_built_and_goes_on_where_a_rival_cannot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = contenders()
+    entries = {"resq": known["resq"], "bf16": known["bf16"], "marlin": known["marlin"]}
+    entries = {name: replace(entry, build=lambda shape: lambda x: iter([lambda: x])) for name, entry in entries.items()}
+    entries["marlin"] = replace(entries["marlin"], build=refuse(TypeError("no such argument")))
+    monkeypatch.setattr(gpu_contenders, "contenders", lambda: entries)
+    monkeypatch.setattr(gpu_linear, "missing", lambda: None)
+    monkeypatch.setattr(gpu_linear, "measured_ceilings", lambda: {"bytes": 1e12, "int8": 1e15, "bf16": 1e15})
+    monkeypatch.setattr(gpu_linear, "captured", lambda calls: lambda: 1e4)
+    monkeypatch.setattr(quantized_linear, "cuda_kernel", lambda *arguments: "decode_m8_n32")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Device)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, dtype=None: randn(*shape, dtype=dtype))
+    report = tmp_path / "linear.json"
+    run: dict[str, Any] = {"model": "70B", "tokens": [1], "rounds": 3, "check": False, "check_only": False}
+    gpu_linear.main(report, layer=["o"], contender=None, **run)
+    found = json.loads(report.read_text())
+    assert [row["contender"] for row in found["rows"]] == ["resq", "bf16"]
+    assert [row["quartiles_us"] for row in found["rows"]] == [[100.0, 100.0]] * 2
+    assert {row["layer"] for row in found["rows"]} == {"70B o"}
+    assert found["unavailable"] == {"marlin": "TypeError: no such argument"}
+    entries["resq"] = replace(entries["resq"], build=refuse(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        gpu_linear.main(report, layer=["o"], contender=None, **run)
+
+
+@pytest.mark.parametrize("wrong", [[], ["decode_m8_n32 x1 differs"]])
+def test_check_says_how_many_cases_it_compared(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_linear, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Device)
+    monkeypatch.setattr(gpu_checks, "failures", lambda major: wrong)
+    with pytest.raises(typer.Exit) as ended:
+        gpu_linear.main(None, layer=None, tokens=None, contender=None, check_only=True)
+    assert ended.value.exit_code == len(wrong)
+    compared = len(list(cases(9)))
+    assert counts(capsys.readouterr().out) == {"passed": compared - len(wrong), "failed": len(wrong), "skipped": 0}
 
 
 def test_table_names_the_kernel() -> None:

@@ -73,14 +73,15 @@ def tree(tmp_path: Path) -> Tree:
     (bundle / "install_bundle.sh").write_text(f'mkdir -p "$2"; echo "install $*" >>{calls}; echo >"$2/env.sh"\n')
     copy = tmp_path / "tree" / "benchmarks" / SCRIPT.name
     copy.parent.mkdir(parents=True)
-    shutil.copy(SCRIPT, copy)
+    for name in (SCRIPT.name, "gpu_setup.sh"):
+        shutil.copy(SCRIPT.with_name(name), copy.with_name(name))
 
-    def run(**variables: str) -> tuple[int, list[str]]:
+    def run(says: str = "", **variables: str) -> tuple[int, list[str]]:
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
         environment |= {"SITE": str(tmp_path / "site"), "WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
         command = ["bash", str(copy), "8b", str(bundle), "--contender", "resq"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment | variables)
-        assert not done.stderr
+        assert done.stderr.strip() == says
         return done.returncode, calls.read_text().splitlines()
 
     return run
@@ -97,6 +98,12 @@ def test_script_sets_up_and_runs_its_stage(tree: Tree, tmp_path: Path) -> None:
     assert lines[-1].startswith(f"-m benchmarks.gpu_serve 8b --out {tmp_path / 'out'} --work {tmp_path / 'work'}")
     assert lines[-1].endswith("--contender resq")
     assert (tmp_path / "out" / "gpu.txt").read_text().startswith("H200")
+
+
+def test_a_bundle_that_cannot_be_unpacked_ends_it(tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "bundle" / "install_bundle.sh").write_text(f"echo unpack >>{tmp_path / 'calls'}; exit 3\n")
+    status, lines = tree("gpu_serve.sh: unpacking vLLM failed, or took longer than 90 s.")
+    assert (status, lines) == (1, ["unpack"])
 
 
 def test_commit_comes_from_the_environment_or_a_file_where_there_is_no_git(tree: Tree, tmp_path: Path) -> None:

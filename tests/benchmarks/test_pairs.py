@@ -20,6 +20,12 @@ def test_one_bad_round_does_not_move_the_ratio() -> None:
     assert measured.ratio("resq") == 1.5
 
 
+def test_quartiles_say_how_far_the_rounds_lie_apart() -> None:
+    measured = Comparison("a", {"a": [1.0, 5.0, 3.0, 2.0, 4.0], "b": [7.0]})
+    assert measured.quartiles("a") == (2.0, 4.0)
+    assert measured.quartiles("b") == (7.0, 7.0)
+
+
 def test_contenders_take_turns_and_swap_who_goes_first() -> None:
     order: list[str] = []
 

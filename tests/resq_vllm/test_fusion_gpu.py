@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ GATE_UP = Layer(linear_plan(LinearSite(low=112, high=16), HIDDEN, 16), 2 * FFN, 
 DOWN = Layer(
     linear_plan(LinearSite(low=FFN, high=0, scales="block", act_low_bits=8, hadamard_groups=2), FFN, 16), HIDDEN, 3
 )
-BY_PACKED = {layer.packed.data_ptr(): layer for layer in (QKV, GATE_UP, DOWN)}
+O_PROJ = Layer(linear_plan(LinearSite(low=112, high=16, scales="head", order="heads"), HIDDEN, 16), HIDDEN, 5)
+BY_PACKED = {layer.packed.data_ptr(): layer for layer in (QKV, GATE_UP, DOWN, O_PROJ)}
 NORM_WEIGHT = 1 + torch.randn(HIDDEN, generator=torch.Generator().manual_seed(4)).to(BF16) / 8
 
 
@@ -105,6 +107,12 @@ def piece(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.
     hidden, residual = add_norm(x, residual)
     hidden = DOWN(silu_mul(GATE_UP(hidden)))
     hidden, residual = add_norm(hidden, residual)
+    return QKV(hidden), residual
+
+
+def norm_after_o_piece(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Begins with a linear layer that reads the attention's output, which nothing computes before it."""
+    hidden, residual = add_norm(O_PROJ(x), residual)
     return QKV(hidden), residual
 
 
@@ -274,9 +282,13 @@ def test_pass_is_a_key_of_the_compile_cache(monkeypatch: pytest.MonkeyPatch, tmp
     assert FuseQuantization().uuid() != before
 
 
-def test_what_was_fused_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_fused_and_what_was_not_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(fusion_gpu, "log_once", lambda level, message: lines.append(message))
-    FuseQuantization()(traced(piece).graph)
-    FuseQuantization()(traced(swapped_piece).graph)
-    assert lines == ["ResQ: 2 RMSNorm and 1 SiLU·mul fused into quantization in a compiled piece"]
+    for function in (piece, norm_after_o_piece, swapped_piece, lambda x, residual: (x + residual, residual)):
+        FuseQuantization()(traced(function).graph)
+    assert [tuple(map(int, re.findall(r"\d+", line))) for line in lines] == [(2, 1, 0), (1, 0, 1), (0, 0, 2)]
+    assert lines[1] == (
+        "ResQ: 1 RMSNorm and 0 SiLU·mul fused into quantization in a compiled piece; linear layers in it that "
+        "quantize their input in a launch of their own: 1"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.csrc.cuda.nvcc import needs_nvcc
 from tools import cuda_build
 from tools.cuda_build import CudaBuildError, Step, chosen_archs, for_file, gencode
 
@@ -38,6 +39,8 @@ def test_files_for_one_family() -> None:
     archs = cuda_build.DEFAULT_ARCHS
     assert for_file("gemm_wgmma_sm90", archs) == ("sm_90a",)
     assert for_file("gemm_int4_sm80", archs) == ("sm_80", "sm_86", "sm_89")
+    # A chip 8.0 runs the PTX of this build, and its 4-bit kernels must be there too.
+    assert for_file("gemm_int4_sm80", ("compute_80", "sm_89", "sm_90a")) == ("compute_80", "sm_89")
     assert for_file("gemm_tiled", archs) == archs
     assert for_file("quantize", archs) == ("sm_80", "sm_90a", "compute_90")
     assert for_file("quantize", ("sm_86",)) == ("sm_86",)
@@ -70,7 +73,7 @@ def test_an_object_is_fresh_until_its_sources_or_its_command_change(tmp_path: Pa
     assert not step.fresh(), "a failed call leaves no object"
 
 
-@pytest.mark.skipif(cuda_build.find_nvcc() is None, reason="nvcc is not here")
+@needs_nvcc
 def test_a_second_build_does_nothing(tmp_path: Path) -> None:
     target = tmp_path / "_C_cuda.abi3.so"
     folder = Path(torch.__file__).parent
@@ -84,7 +87,7 @@ def test_without_nvcc_the_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
         cuda_build.build(tmp_path / "_C_cuda.abi3.so", tmp_path)
 
 
-@pytest.mark.skipif(cuda_build.find_nvcc() is None, reason="nvcc is not here")
+@needs_nvcc
 def test_an_architecture_that_nvcc_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RESQ_CUDA_ARCHS", "sm_999")
     with pytest.raises(CudaBuildError, match="cannot compile for sm_999, only for sm_"):

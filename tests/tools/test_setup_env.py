@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import setup_env
+from tools import cuda_build, setup_env
 
 
 @pytest.fixture
@@ -61,6 +61,28 @@ def test_cuda_means_that_nvidia_smi_lists_a_gpu(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert setup_env.has_cuda() == expected
+
+
+def test_nvcc_is_installed_only_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def install(*arguments: str, check: bool = True) -> bool:
+        calls.append(arguments)
+        return True
+
+    monkeypatch.setattr(setup_env, "install", install)
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: Path("/usr/local/cuda/bin/nvcc"))
+    setup_env.install_cuda_compiler()
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("RESQ_CUDA", "0")
+    setup_env.install_cuda_compiler()
+    assert calls == []
+    monkeypatch.delenv("RESQ_CUDA")
+    setup_env.install_cuda_compiler()
+    (found,) = calls
+    assert [name.partition("==")[0] for name in found[-2:]] == ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"]
+    # The limits of csrc/cuda/limits.json are those of one ptxas: it is pinned.
+    assert set(found[-2:]) <= set(setup_env.CONSTRAINTS.read_text().splitlines())
 
 
 def test_no_nvidia_smi_means_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

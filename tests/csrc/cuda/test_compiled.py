@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.csrc.cuda.nvcc import REQUIRED, needs_cuobjdump, needs_nvcc
 from tools import cuda_build, cuda_report
 
-pytestmark = pytest.mark.skipif(cuda_build.find_nvcc() is None, reason="nvcc is not here: no CUDA kernels to look at")
+pytestmark = needs_nvcc
 LIMITS = json.loads(cuda_report.LIMITS.read_text())
 CHOSEN = cuda_build.chosen_archs()
 WANTED = [
@@ -34,12 +35,18 @@ def test_registers_and_spills() -> None:
     assert cuda_report.wrong(cuda_report.usages(), LIMITS["registers"]) == []
 
 
+@pytest.mark.skipif(CHOSEN != cuda_build.DEFAULT_ARCHS and not REQUIRED, reason="RESQ_CUDA_ARCHS chose others")
+def test_kernels_are_compiled_for_every_architecture_of_the_default() -> None:
+    assert {u.arch for u in cuda_report.usages()} == {a for a in cuda_build.DEFAULT_ARCHS if a.startswith("sm_")}
+    assert {"sm_80", "sm_90a"} <= set(cuda_build.DEFAULT_ARCHS)
+
+
 def test_every_recorded_kernel_is_built() -> None:
     built = {(u.file, u.kernel) for u in cuda_report.usages() if u.file in LIMITS["registers"]}
     assert {(file, kernel) for file, kernels in LIMITS["registers"].items() for kernel in kernels} == built
 
 
-@pytest.mark.skipif(cuda_report.cuobjdump() is None, reason="neither Triton's wheel nor a toolkit brings cuobjdump")
+@needs_cuobjdump
 @pytest.mark.parametrize(("file", "arch"), WANTED)
 def test_instructions(file: str, arch: str) -> None:
     kernels = cuda_report.instructions(cuda_build.OBJECTS / f"{file}.cu.o", arch)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from resq_vllm.cuda import Machine, problem
+from tests.csrc.cuda.nvcc import needs_nvcc
 from tools import cuda_build
 
-pytestmark = pytest.mark.skipif(
-    cuda_build.find_nvcc() is None or torch.version.cuda is not None,
-    reason="needs nvcc, and a PyTorch without CUDA whose place an empty libtorch_cuda.so takes",
-)
+pytestmark = [
+    needs_nvcc,
+    pytest.mark.skipif(torch.version.cuda is not None, reason="an empty libtorch_cuda.so takes the place of PyTorch's"),
+]
 PROBE = """
 import ctypes, importlib.util, os, sys, torch
 from resq_vllm import ops
