@@ -106,6 +106,13 @@ RESQ_DEVICE void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// Lets CTAs of the next kernel start wherever there is room, once every CTA of this one has said so or ended. Only after
+// wait_for_previous_kernel: a kernel then overlaps with no other than the one just before it.
+RESQ_DEVICE void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // --- floats ---------------------------------------------------------------------------------------------------------------
 // Each rounded on its own, as in reference.py: never contracted to an fma.

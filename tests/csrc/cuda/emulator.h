@@ -99,7 +99,10 @@ inline void mma_s4u4(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
   emulator::meet_warp("mma s4", &mine, emulator::multiply_nibble_fragments);
 }
 
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { emulator::self().waited = true; }
+inline void launch_dependents() {
+  emulator::require(emulator::self().waited, "launch_dependents before wait_for_previous_kernel");
+}
 
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }

@@ -55,6 +55,7 @@ struct Thread {
   ucontext_t context;
   std::vector<uint8_t> stack;
   bool done = false;
+  bool waited = false;  // for the kernel before this one
   const uint64_t* waits_on = nullptr;  // runs again when *waits_on differs from waited_value
   uint64_t waited_value = 0;
   std::vector<std::vector<Copy>> copies;  // committed groups, then the open one
@@ -220,7 +221,7 @@ inline uint64_t launch(int grid_x, int grid_y, int threads, int shared_bytes, ui
     c.groups.assign((threads + 127) / 128, Meeting{});
     c.mbarriers.clear();
     for (auto& thread : c.threads) {
-      thread->done = false, thread->waits_on = nullptr;
+      thread->done = thread->waited = false, thread->waits_on = nullptr;
       thread->copies.assign(1, {});
       thread->products.assign(1, {});
       getcontext(&thread->context);
