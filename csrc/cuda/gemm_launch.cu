@@ -14,7 +14,7 @@ const char* current_chip(int device, int& arch, int& processors) {
     cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&k.processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return words(error);
+    if (error != cudaSuccess) return outcome(error);
     k.arch = 10 * major + minor;
   }
   arch = k.arch;
@@ -23,7 +23,7 @@ const char* current_chip(int device, int& arch, int& processors) {
 }
 
 const char* launch_gemm(const Choice& choice, const Chip& chip, const GemmArgs& args, cudaStream_t stream) {
-  const bool overlap = chip.arch >= 90;
+  const bool overlap = kernels_overlap();
   switch (kKernels[choice.kernel].family) {
     case Family::decode: return launch_decode(choice.kernel, overlap, args, stream);
     case Family::tiled: return launch_tiled(choice.kernel, overlap, args, stream);

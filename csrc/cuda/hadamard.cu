@@ -11,7 +11,7 @@ const char* run(const QuantizeArgs& args, cudaStream_t stream) {
   const int64_t ctas = static_cast<int64_t>(args.rows) * args.blocks;
   const int most = ctas <= 512 ? kHadamardThreads : 256;
   const int threads = vectors >= most ? most : (vectors + 31) / 32 * 32;
-  return launch(hadamard_kernel<T>, ctas, threads, hadamard_shared(args), args, stream);
+  return launch(hadamard_kernel<T>, ctas, threads, hadamard_shared(args), args, stream, kernels_overlap());
 }
 
 }  // namespace
@@ -21,6 +21,19 @@ int runtime_version() { return CUDART_VERSION; }
 int driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+bool kernels_overlap() {
+  static thread_local signed char known[64];  // 0 not asked, 1 they do, -1 they do not
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  signed char& answer = known[device & 63];
+  if (!answer) {
+    cudaFuncAttributes code{};
+    const cudaError_t error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(hadamard_kernel<float>));
+    answer = error == cudaSuccess && code.ptxVersion >= 90 ? 1 : -1;
+  }
+  return answer > 0;
 }
 
 int64_t shared_memory_limit() {

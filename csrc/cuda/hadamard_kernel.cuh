@@ -93,6 +93,8 @@ __global__ void __launch_bounds__(kHadamardThreads) hadamard_kernel(const __grid
   float* const second = reinterpret_cast<float*>(after);
   uint8_t* const staging = args.hadamard_k > 1 ? reinterpret_cast<uint8_t*>(values) : after;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride + static_cast<int64_t>(block) * columns;
+  wait_for_previous_kernel();
+  launch_dependents();
 
   // Whole warps enter every round: lanes exchange values.
   for (int start = tid - (tid & 31); start * kVector < columns; start += threads) {

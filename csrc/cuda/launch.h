@@ -15,6 +15,10 @@ int runtime_version();
 // The newest CUDA version that the installed driver supports, in the same form; 0 without a driver.
 int driver_version();
 
+// Whether the current device runs code of this library that has device.h's wait_for_previous_kernel: it was compiled for
+// 9.0 or later. Only then may a kernel be launched so that it starts while the kernel before it ends.
+bool kernels_overlap();
+
 // Largest dynamic shared memory a CTA of the current device may ask for, bytes.
 int64_t shared_memory_limit();
 

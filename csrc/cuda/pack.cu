@@ -34,7 +34,7 @@ __global__ void sum_kernel(PartWeights part, Place place, int64_t n, int32_t* su
 const char* launch_pack(const PartWeights (&parts)[2], const GemmRun* runs, const int64_t* start, int32_t n_runs,
                         int32_t blocks, int64_t n, uint8_t* packed, int32_t* sums, cudaStream_t stream) {
   if (const char* error = clear(packed, table_bytes(n_runs), stream)) return error;
-  if (const char* error = words(cudaMemcpyAsync(packed, runs, n_runs * sizeof(GemmRun), cudaMemcpyHostToDevice, stream)))
+  if (const char* error = outcome(cudaMemcpyAsync(packed, runs, n_runs * sizeof(GemmRun), cudaMemcpyHostToDevice, stream)))
     return error;
   const int64_t rows = weight_tiles(n);
   for (int32_t r = 0; r < n_runs; ++r) {
@@ -44,11 +44,11 @@ const char* launch_pack(const PartWeights (&parts)[2], const GemmRun* runs, cons
     const dim3 grid(static_cast<unsigned>((bytes + 255) / 256), static_cast<unsigned>(rows < 65535 ? rows : 65535));
     pack_kernel<<<grid, 256, 0, stream>>>(part, place, blocks, n, packed + table_bytes(n_runs));
     sum_kernel<<<static_cast<unsigned>((n + 7) / 8), 256, 0, stream>>>(part, place, n, sums + r * n);
-    if (const char* error = words(cudaGetLastError())) return error;
+    if (const char* error = outcome(cudaGetLastError())) return error;
   }
-  return words(cudaStreamSynchronize(stream));
+  return outcome(cudaStreamSynchronize(stream));
 }
 
-const char* clear(void* p, int64_t bytes, cudaStream_t stream) { return words(cudaMemsetAsync(p, 0, bytes, stream)); }
+const char* clear(void* p, int64_t bytes, cudaStream_t stream) { return outcome(cudaMemsetAsync(p, 0, bytes, stream)); }
 
 }  // namespace resq::cuda

@@ -1,6 +1,7 @@
 // Words for the device that the kernels use beyond the language: loads of 8 values, sums and shared memory.
 #pragma once
 
+#include "device.h"
 #include "quantize_args.h"
 
 namespace resq::cuda {

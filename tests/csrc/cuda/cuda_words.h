@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#define RESQ_DEVICE_EMULATOR "emulator.h"
 #include "emulator.h"
 
 #define __global__
