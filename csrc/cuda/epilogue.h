@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "gemm.h"
+#include "schedule.h"
 
 namespace resq::cuda {
 
@@ -124,6 +125,37 @@ RESQ_DEVICE bool arrived_last(const GemmArgs& a, int tile, uint32_t flag_at) {
   const bool last = shared_load(flag_at).x != 0;
   if (last) device_fence();
   return last;
+}
+
+// Sums over the splits that hold blocks of run r, of kQuads quads: those of slot 0 lie at partial, `step` apart, and slots
+// are `slot` apart. kLoads of them are under way before the first is added: to a thread that waits for one after the
+// other each costs L2's latency, some 800 clocks.
+template <int kLoads, int kQuads>
+RESQ_DEVICE void sum_splits(const GemmArgs& a, const GemmRun& run, int r, const int4* partial, int64_t slot, int step,
+                            int32_t (&sums)[kQuads][4]) {
+  constexpr int kAtOnce = kLoads / kQuads;  // splits
+  static_assert(kAtOnce * kQuads == kLoads);
+  const int first = split_of(a.blocks, a.splits, run.first_block);
+  const int last = split_of(a.blocks, a.splits, run.first_block + run.blocks - 1);
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
+#pragma unroll 1
+  for (int s = first; s <= last; s += kAtOnce) {
+    const int4* from = partial + (s + r) * slot;
+    int4 read[kAtOnce][kQuads];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i)
+        read[j][i] = s + j <= last ? load_fresh(from + j * slot + i * step) : int4{0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        sums[i][0] += read[j][i].x, sums[i][1] += read[j][i].y;
+        sums[i][2] += read[j][i].z, sums[i][3] += read[j][i].w;
+      }
+  }
 }
 
 }  // namespace resq::cuda

@@ -98,6 +98,7 @@ RESQ_DEVICE void decode_gemm(const GemmArgs& a) {
   for (int i = 0; i < S::kDepth - 1; ++i)
     if (block + i * S::kWarps < range.end) self.fetch_weights(block + i * S::kWarps, i);
   wait_for_previous_kernel();
+  launch_dependents();
 #pragma unroll
   for (int i = 0; i < S::kDepth - 1; ++i) {
     if (block + i * S::kWarps < range.end) self.fetch_codes(block + i * S::kWarps, i);
@@ -146,14 +147,11 @@ RESQ_DEVICE void decode_gemm(const GemmArgs& a) {
     if (!arrived_last(a, tile, area)) return;
     for (int r = 0; owner && r < a.n_runs; ++r) {
       const GemmRun run = load_run(a.runs, r);
-      const int first = split_of(a.blocks, a.splits, run.first_block);
-      const int last = split_of(a.blocks, a.splits, run.first_block + run.blocks - 1);
-      int32_t sums[4] = {0, 0, 0, 0};
-      for (int s = first; s <= last; ++s) {
-        const int4 v = load_fresh(partial + static_cast<int64_t>(s + r) * S::kQuads);
-        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
-      }
-      finish_run(a, run, r, token, channel, sums, y);
+      const TokenFactors x = token_factors(a, run.group, token);
+      const ChannelFactors w = channel_factors(a, run, r, channel);
+      int32_t sums[1][4];
+      sum_splits<8>(a, run, r, partial, S::kQuads, 0, sums);
+      add_run(a, run, r, x, w, sums[0], y);
     }
   }
   if (owner) store_quad(a, token, channel, load_bias(a, channel), y);

@@ -94,21 +94,33 @@ struct TiledWarp {
   RESQ_DEVICE int64_t slot(int index, int c, int t) const {
     return ((static_cast<int64_t>(index) * S::kTiles + c) * S::kTokens8 + t) * S::kThreads;
   }
-  // Sums of the splits, run after run. A quad at a time: the float sums of a whole tile need not fit the registers.
-  RESQ_DEVICE void finish(int c, int t) const {
-    float y[4] = {0.f, 0.f, 0.f, 0.f};
+  // Sums of the splits, run after run, for the whole tile, so that its loads are under way together.
+  RESQ_DEVICE void finish() const {
+    float y[S::kTiles][S::kTokens8][4] = {};
+#pragma unroll 1
     for (int r = 0; r < a.n_runs; ++r) {
       const GemmRun run = load_run(a.runs, r);
-      const int first = split_of(a.blocks, a.splits, run.first_block);
-      const int last = split_of(a.blocks, a.splits, run.first_block + run.blocks - 1);
-      int32_t sums[4] = {0, 0, 0, 0};
-      for (int s = first; s <= last; ++s) {
-        const int4 v = load_fresh(partial + slot(s + r, c, t));
-        sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
+      int32_t sums[S::kTiles * S::kTokens8][4];
+      sum_splits<16>(a, run, r, partial, slot(1, 0, 0), S::kThreads, sums);
+      ChannelFactors w[S::kTiles];
+#pragma unroll
+      for (int c = 0; c < S::kTiles; ++c) w[c] = channel_factors(a, run, r, channel + c * kTileChannels);
+#pragma unroll
+      for (int t = 0; t < S::kTokens8; ++t) {
+        const TokenFactors x = token_factors(a, run.group, token + 8 * t);
+#pragma unroll
+        for (int c = 0; c < S::kTiles; ++c) add_run(a, run, r, x, w[c], sums[c * S::kTokens8 + t], y[c][t]);
       }
-      finish_run(a, run, r, token + 8 * t, channel + c * kTileChannels, sums, y);
     }
-    store_quad(a, token + 8 * t, channel + c * kTileChannels, load_bias(a, channel + c * kTileChannels), y);
+    store_tile(y);
+  }
+  RESQ_DEVICE void store_tile(const float (&y)[S::kTiles][S::kTokens8][4]) const {
+#pragma unroll
+    for (int c = 0; c < S::kTiles; ++c) {
+      const Bias bias = load_bias(a, channel + c * kTileChannels);
+#pragma unroll
+      for (int t = 0; t < S::kTokens8; ++t) store_quad(a, token + 8 * t, channel + c * kTileChannels, bias, y[c][t]);
+    }
   }
 };
 
@@ -125,6 +137,7 @@ RESQ_DEVICE void tiled_gemm(const GemmArgs& a) {
   for (int i = 0; i < S::kStages - 1; ++i)
     fetch_weight_stage<S>(a, tile.channel, range.begin + i * S::kBlocks, range.end, shared + i * S::kStageBytes);
   wait_for_previous_kernel();
+  launch_dependents();
   CodeCursor fetched(a);
 #pragma unroll
   for (int i = 0; i < S::kStages - 1; ++i) {
@@ -168,16 +181,9 @@ RESQ_DEVICE void tiled_gemm(const GemmArgs& a) {
   if constexpr (S::kSplit) {
     // The stages are read no more: arrived_last's barrier comes before its flag is written there.
     if (!arrived_last(a, block_x(), shared)) return;
-#pragma unroll 1
-    for (int i = 0; i < S::kTiles * S::kTokens8; ++i) self.finish(i / S::kTokens8, i % S::kTokens8);
+    self.finish();
   } else {
-#pragma unroll
-    for (int c = 0; c < S::kTiles; ++c) {
-      const Bias bias = load_bias(a, self.channel + c * kTileChannels);
-#pragma unroll
-      for (int t = 0; t < S::kTokens8; ++t)
-        store_quad(a, self.token + 8 * t, self.channel + c * kTileChannels, bias, y[c][t]);
-    }
+    self.store_tile(y);
   }
 }
 

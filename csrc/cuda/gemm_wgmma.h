@@ -176,6 +176,7 @@ RESQ_DEVICE void wgmma_gemm(const GemmArgs& a, const TensorMap* codes) {
   }
   barrier();
   wait_for_previous_kernel();
+  launch_dependents();
   const int channel_tiles = (a.n + S::kChannels - 1) / S::kChannels, token_tiles = (a.m + S::kTokens - 1) / S::kTokens;
   const int tiles = channel_tiles * token_tiles;
   if (thread_index() < 128) {

@@ -12,15 +12,17 @@ struct BlockRange {
   int32_t begin, end;
 };
 
-// Share `split` of `splits` of a stream of `blocks`: contiguous, in order, their sizes differ by at most one.
+// Share `split` of `splits` of a stream of `blocks`: contiguous, in order, their sizes differ by at most one. In 32 bits, a
+// 64-bit division being a subroutine: blocks * splits < 2^32.
 RESQ_HD constexpr BlockRange split_range(int32_t blocks, int32_t splits, int32_t split) {
-  return {static_cast<int32_t>(static_cast<int64_t>(blocks) * split / splits),
-          static_cast<int32_t>(static_cast<int64_t>(blocks) * (split + 1) / splits)};
+  const uint32_t all = static_cast<uint32_t>(blocks), at = static_cast<uint32_t>(split), of = static_cast<uint32_t>(splits);
+  return {static_cast<int32_t>(all * at / of), static_cast<int32_t>(all * (at + 1) / of)};
 }
 
 // The split that holds `block`.
 RESQ_HD constexpr int32_t split_of(int32_t blocks, int32_t splits, int32_t block) {
-  return static_cast<int32_t>(((static_cast<int64_t>(block) + 1) * splits - 1) / blocks);
+  return static_cast<int32_t>(((static_cast<uint32_t>(block) + 1) * static_cast<uint32_t>(splits) - 1) /
+                              static_cast<uint32_t>(blocks));
 }
 
 // Partial sums of (split, run) go to slot split + run: from one (split, run) that shares blocks to the next, split or run
