@@ -37,8 +37,8 @@ GemmPlan plan_of(const Problem& p) {
   return make_gemm_plan(spans, static_cast<int>(p.low_bits));
 }
 
-void expose(const void* p, size_t bytes) {
-  if (p) emulator::buffers.push_back({static_cast<const uint8_t*>(p), bytes});
+void expose(const void* p, size_t bytes, bool constant = false) {
+  if (p) emulator::buffers.push_back({static_cast<const uint8_t*>(p), bytes, constant});
 }
 
 size_t float_bytes(int64_t type) { return type == 0 ? 4 : 2; }
@@ -55,8 +55,10 @@ void launch(const GemmArgs& a, Problem& p, int partial_quads, int channel_tiles,
   args.arrived = arrived.data();
   expose(partial.data(), partial.size() * sizeof(int4));
   expose(arrived.data(), arrived.size() * 4);
-  p.conflicts = emulator::launch(tiles, a.splits, S::kThreads, S::kSharedBytes, static_cast<uint32_t>(p.seed),
-                                 [&] { kernel(args); });
+  p.conflicts = emulator::launch(tiles, a.splits, S::kThreads, S::kSharedBytes, static_cast<uint32_t>(p.seed), [&] {
+    kernel(args);
+    emulator::require_waited();
+  });
   for (uint32_t count : arrived) emulator::require(count == 0, "a counter of arrivals was not left at 0");
 }
 
@@ -97,10 +99,10 @@ int resq_gemm(const char* name, Problem* p) {
   expose(p->codes, m * p->pitch);
   expose(p->x_scale, m * p->groups * 4);
   expose(p->x_zero, m * p->groups * 4);
-  expose(p->packed, resq_packed_bytes(p));
-  expose(p->weight_scale, p->scale_rows * n * 4);
-  expose(p->weight_sum, p->n_runs * n * 4);
-  expose(p->bias, n * float_bytes(p->bias_type));
+  expose(p->packed, resq_packed_bytes(p), true);
+  expose(p->weight_scale, p->scale_rows * n * 4, true);
+  expose(p->weight_sum, p->n_runs * n * 4, true);
+  expose(p->bias, n * float_bytes(p->bias_type), true);
   expose(p->out, m * n * float_bytes(p->out_type));
   const auto tiles = [](int64_t count, int tile) { return static_cast<int>((count + tile - 1) / tile); };
   const std::string wanted = name;
@@ -124,7 +126,10 @@ int resq_gemm(const char* name, Problem* p) {
     using S = __VA_ARGS__;                                                                                           \
     const TensorMap map{p->codes, p->pitch, p->m, p->pitch, S::kColumnBytes, S::kTokens};                            \
     p->conflicts = emulator::launch(static_cast<int>(p->grid), 1, S::kThreads, S::kSharedBytes,                      \
-                                    static_cast<uint32_t>(p->seed), [&] { wgmma_gemm<S>(a, &map); });                \
+                                    static_cast<uint32_t>(p->seed), [&] {                                            \
+                                      wgmma_gemm<S>(a, &map);                                                        \
+                                      emulator::require_waited();                                                    \
+                                    });                                                                              \
     return 0;                                                                                                        \
   }
   RESQ_DECODE_KERNELS(RESQ_RUN_DECODE)

@@ -26,25 +26,30 @@ inline void warp_barrier() {
 }
 inline void device_fence() {}
 inline uint32_t fetch_increment(uint32_t* counter) {
-  emulator::check_global(counter, 4);
+  emulator::check_global(counter, 4, emulator::Access::write);
+  emulator::check_order(counter);
   return (*counter)++;
 }
 
+// The read-only path: not for what a kernel writes.
 template <class T>
 T load(const T* p) {
-  emulator::check_global(p, sizeof(T));
+  emulator::check_global(p, sizeof(T), emulator::Access::constant);
   return *p;
 }
 template <class T>
 T load_written(const T* p) {
-  return load(p);
+  emulator::check_global(p, sizeof(T), emulator::Access::read);
+  emulator::check_order(p);
+  return *p;
 }
 template <class T>
 void store(T* p, T v) {
-  emulator::check_global(p, sizeof(T));
+  emulator::check_global(p, sizeof(T), emulator::Access::write);
+  emulator::check_order(p);
   *p = v;
 }
-inline int4 load_fresh(const int4* p) { return load(p); }
+inline int4 load_fresh(const int4* p) { return load_written(p); }
 inline void store_far(int4* p, int4 v) { store(p, v); }
 
 inline uint4 shared_load(uint32_t at) {
@@ -57,6 +62,7 @@ inline void shared_store(uint32_t at, int4 v) { std::memcpy(emulator::shared_at(
 inline void copy_async(uint32_t to, const void* from, int bytes) {
   emulator::require(bytes == 0 || bytes == 16, "copy_async of neither 0 nor 16 bytes");
   emulator::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "copy_async from a misaligned address");
+  if (bytes) emulator::check_order(from);
   const emulator::Copy copy{to, from, bytes};
   if (emulator::cta->random() % 2) return emulator::perform(copy);  // some copies land at once, others as late as they may
   emulator::self().copies.back().push_back(copy);

@@ -94,14 +94,35 @@ struct Cta {
 };
 
 inline Cta* cta = nullptr;
-inline std::vector<std::pair<const uint8_t*, size_t>> buffers;
+// Device memory that the kernel sees. `constant`: nothing writes it between launches, so that it may be read while the
+// kernel before this one still runs.
+struct Buffer {
+  const uint8_t* start;
+  size_t size;
+  bool constant;
+};
+inline std::vector<Buffer> buffers;
 
-inline void check_global(const void* p, size_t bytes) {
+enum class Access { read, write, constant };  // constant: a read of what no kernel writes
+
+inline void check_global(const void* p, size_t bytes, Access access) {
   const uint8_t* at = static_cast<const uint8_t*>(p);
   require(reinterpret_cast<uintptr_t>(p) % bytes == 0, "misaligned access to device memory");
-  for (const auto& [start, size] : buffers)
-    if (at >= start && at + bytes <= start + size) return;
+  for (const Buffer& buffer : buffers) {
+    if (at < buffer.start || at + bytes > buffer.start + buffer.size) continue;
+    require(!(access == Access::write && buffer.constant), "a store to constant memory");
+    require(access != Access::constant || buffer.constant, "a load by the read-only path of what a kernel writes");
+    return;
+  }
   fail("access to device memory outside of every buffer");
+}
+// The same by the thread that runs: memory that is not constant only after the kernel before this one has ended.
+inline void check_order(const void* p) {
+  if (cta->threads[cta->current]->waited) return;
+  const uint8_t* at = static_cast<const uint8_t*>(p);
+  for (const Buffer& buffer : buffers)
+    require(buffer.constant || at < buffer.start || at >= buffer.start + buffer.size,
+            "memory of the kernel before this one is used before it has ended");
 }
 inline uint8_t* shared_at(uint32_t at, uint32_t bytes) {
   require(at % std::min(bytes, 16u) == 0, "misaligned access to shared memory");
@@ -113,11 +134,13 @@ inline void perform(const Copy& c) {
   uint8_t* to = shared_at(c.to, 16);
   std::memset(to, 0, 16);
   if (!c.bytes) return;
-  check_global(c.from, 16);
+  check_global(c.from, 16, Access::read);
   std::memcpy(to, c.from, 16);
 }
 
 inline Thread& self() { return *cta->threads[cta->current]; }
+// Said at the end of a kernel that may start before the one before it has ended.
+inline void require_waited() { require(self().waited, "a thread ended without waiting for the kernel before"); }
 inline void suspend(const uint64_t* on) {
   self().waits_on = on;
   self().waited_value = *on;

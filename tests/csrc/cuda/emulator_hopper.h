@@ -37,11 +37,12 @@ inline void deliver(uint32_t mbarrier, int64_t bytes) {
   emulator::complete(b);
 }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t mbarrier) {
+  emulator::check_order(from);
   emulator::require(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "misaligned bulk copy");
   emulator::cta->engine.push_back({[=] {
     for (uint32_t i = 0; i < bytes; i += 16) {
       const uint8_t* p = static_cast<const uint8_t*>(from) + i;
-      emulator::check_global(p, 16);
+      emulator::check_global(p, 16, emulator::Access::read);
       std::memcpy(emulator::shared_at(to + i, 16), p, 16);
     }
     deliver(mbarrier, bytes);
@@ -49,13 +50,14 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t mb
 }
 inline void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t mbarrier) {
   emulator::require(to % 1024 == 0, "a swizzled box must start at a multiple of 1024 bytes");
+  emulator::check_order(map->base);
   emulator::require(map->box_columns == 128 && map->box_rows <= 256, "a box that the swizzle or the engine cannot do");
   emulator::cta->engine.push_back({[=] {
     for (int r = 0; r < map->box_rows; ++r)
       for (int c = 0; c < map->box_columns; ++c) {
         const bool inside = row + r < map->rows && column + c < map->columns;
         const uint8_t* p = map->base + (row + r) * map->pitch + column + c;
-        if (inside) emulator::check_global(p, 1);
+        if (inside) emulator::check_global(p, 1, emulator::Access::read);
         const uint32_t at = to + r * 128 + c;
         *emulator::shared_at(at ^ (((at >> 7) & 7) << 4), 1) = inside ? *p : 0;
       }

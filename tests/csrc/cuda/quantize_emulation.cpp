@@ -30,8 +30,11 @@ template <class T>
 void launch(const QuantizeArgs& args, bool transform, int threads, uint32_t seed) {
   const int64_t shared = transform ? hadamard_shared_bytes(args.columns, args.hadamard_k, args.staging)
                                    : quantize_shared_bytes(args.columns, sizeof(T), args.staging);
-  emulator::launch(args.rows * args.blocks, 1, threads, static_cast<int>(shared), seed,
-                   [&] { transform ? hadamard_kernel<T>(args) : quantize_kernel<T>(args); });
+  emulator::launch(args.rows * args.blocks, 1, threads, static_cast<int>(shared), seed, [&] {
+    if (!transform) return quantize_kernel<T>(args);
+    hadamard_kernel<T>(args);
+    emulator::require_waited();
+  });
 }
 
 void launch(const QuantizeArgs& args, int64_t dtype, bool transform, int threads, uint32_t seed) {
