@@ -128,8 +128,8 @@ RESQ_DEVICE bool arrived_last(const GemmArgs& a, int tile, uint32_t flag_at) {
 }
 
 // Sums over the splits that hold blocks of run r, of kQuads quads: those of slot 0 lie at partial, `step` apart, and slots
-// are `slot` apart. kLoads of them are under way before the first is added: to a thread that waits for one after the
-// other each costs L2's latency, some 800 clocks.
+// are `slot` apart. kLoads of them are under way before the first is added: one after the other, each would cost L2's
+// latency.
 template <int kLoads, int kQuads>
 RESQ_DEVICE void sum_splits(const GemmArgs& a, const GemmRun& run, int r, const int4* partial, int64_t slot, int step,
                             int32_t (&sums)[kQuads][4]) {

@@ -5,7 +5,7 @@ namespace resq::cuda {
 namespace {
 
 template <class S>
-__global__ __launch_bounds__(S::kThreads, 2) void decode_kernel(const __grid_constant__ GemmArgs args) {
+__global__ __launch_bounds__(S::kThreads, S::kCtas) void decode_kernel(const __grid_constant__ GemmArgs args) {
   decode_gemm<S>(args);
 }
 

@@ -19,6 +19,7 @@ struct DecodeShape {
   static constexpr int kRingBytes = kWarps * kDepth * kSlotBytes;
   static constexpr int kQuads = kTiles * kTokens8 * 32;  // of four sums; thread i finishes quad i
   static constexpr int kSharedBytes = kRingBytes + kHalf * kQuads * 16;
+  static constexpr int kCtas = 2;  // a processor, that the registers must leave room for
   static_assert(kQuads <= kThreads);
 };
 

@@ -3,22 +3,20 @@
 
 namespace resq::cuda {
 
-const char* current_chip(int device, int& arch, int& processors) {
-  struct Known {
-    int arch = 0, processors = 0;
-  };
-  static thread_local Known known[64];
-  Known& k = known[device & 63];
+const char* current_chip(int device, Chip& chip) {
+  static thread_local Chip known[64];
+  Chip& k = known[device & 63];
   if (!k.arch) {
     int major = 0, minor = 0;
     cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&k.processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&k.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     if (error != cudaSuccess) return outcome(error);
     k.arch = 10 * major + minor;
   }
-  arch = k.arch;
-  processors = k.processors;
+  chip = k;
   return nullptr;
 }
 

@@ -8,8 +8,8 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace resq::cuda {
 
-// The current device: 10·major + minor, and its processors. Asked once a device.
-const char* current_chip(int device, int& arch, int& processors);
+// What the device says of itself: all of Chip but `wgmma` and `int4`. Asked once a device.
+const char* current_chip(int device, Chip& chip);
 
 const char* launch_gemm(const Choice& choice, const Chip& chip, const GemmArgs& args, cudaStream_t stream);
 

@@ -13,7 +13,8 @@ constexpr int kSharedEverywhere = 99 << 10, kSharedHopper = 227 << 10;
 template <class S>
 constexpr bool matches(const KernelInfo& k, int quads, bool whole, bool split) {
   static_assert(S::kSharedBytes <= (S::kThreads == 384 ? kSharedHopper : kSharedEverywhere));
-  return k.tokens == S::kTokens && k.channels == S::kChannels && k.quads == quads && k.whole == whole && k.split == split;
+  return k.tokens == S::kTokens && k.channels == S::kChannels && k.quads == quads && k.whole == whole && k.split == split &&
+         k.ctas == S::kCtas && k.shared == S::kSharedBytes;
 }
 
 }  // namespace resq::cuda

@@ -1,6 +1,7 @@
 // Which kernel computes which shape on which chip. Host code; the numbers of a kernel are checked where it is compiled.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -17,25 +18,26 @@ struct KernelInfo {
   int tokens, channels;  // of a CTA's tile
   int quads;             // int4 of partial sums of a (tile, split, run)
   bool whole, split;     // runs with one CTA a tile; with several
-  int ctas;              // resident on a processor, as far as registers and shared memory go
+  int ctas;              // resident on a processor that their launch bounds leave registers for, on every chip
+  int shared;            // bytes of a CTA
 };
 
 // Names end in the tile: m = tokens, n = channels. Order: that of KernelId.
 constexpr KernelInfo kKernels[] = {
-    {"decode_m8_n32", Family::decode, 8, 32, 64, true, true, 2},
-    {"decode_m8_n64", Family::decode, 8, 64, 128, true, true, 2},
-    {"decode_m16_n32", Family::decode, 16, 32, 128, true, true, 2},
-    {"decode_m16_n64", Family::decode, 16, 64, 256, true, true, 2},
-    {"tiled_m32_n128", Family::tiled, 32, 128, 1024, true, false, 3},
-    {"tiled_m32_n128_split", Family::tiled, 32, 128, 1024, false, true, 3},
-    {"tiled_m64_n128_split", Family::tiled, 64, 128, 2048, false, true, 3},
-    {"tiled_m128_n128_split", Family::tiled, 128, 128, 4096, false, true, 1},
-    {"tiled_m64_n128", Family::tiled, 64, 128, 2048, true, false, 2},
-    {"tiled_m128_n128", Family::tiled, 128, 128, 4096, true, false, 1},
-    {"tiled_m64_n128_s4", Family::int4, 64, 128, 2048, true, false, 2},
-    {"tiled_m128_n128_s4", Family::int4, 128, 128, 4096, true, false, 1},
-    {"wgmma_m64_n128", Family::wgmma, 64, 128, 0, true, false, 1},
-    {"wgmma_m128_n128", Family::wgmma, 128, 128, 0, true, false, 1},
+    {"decode_m8_n32", Family::decode, 8, 32, 64, true, true, 2, 53248},
+    {"decode_m8_n64", Family::decode, 8, 64, 128, true, true, 2, 90112},
+    {"decode_m16_n32", Family::decode, 16, 32, 128, true, true, 2, 73728},
+    {"decode_m16_n64", Family::decode, 16, 64, 256, true, true, 2, 90112},
+    {"tiled_m32_n128", Family::tiled, 32, 128, 1024, true, false, 3, 49152},
+    {"tiled_m32_n128_split", Family::tiled, 32, 128, 1024, false, true, 3, 49152},
+    {"tiled_m64_n128_split", Family::tiled, 64, 128, 2048, false, true, 3, 65536},
+    {"tiled_m128_n128_split", Family::tiled, 128, 128, 4096, false, true, 1, 73728},
+    {"tiled_m64_n128", Family::tiled, 64, 128, 2048, true, false, 2, 65536},
+    {"tiled_m128_n128", Family::tiled, 128, 128, 4096, true, false, 1, 73728},
+    {"tiled_m64_n128_s4", Family::int4, 64, 128, 2048, true, false, 2, 65536},
+    {"tiled_m128_n128_s4", Family::int4, 128, 128, 4096, true, false, 1, 73728},
+    {"wgmma_m64_n128", Family::wgmma, 64, 128, 0, true, false, 1, 173168},
+    {"wgmma_m128_n128", Family::wgmma, 128, 128, 0, true, false, 1, 197728},
 };
 
 enum KernelId : int32_t {
@@ -60,6 +62,7 @@ static_assert(sizeof(kKernels) / sizeof(kKernels[0]) == kKernelCount);
 struct Chip {
   int arch;        // 10·major + minor
   int processors;
+  int shared;      // bytes of a processor
   bool wgmma;      // a Hopper chip, and its own code was built
   bool int4;       // sm_80, sm_86 or sm_89, and code for one of them was built
 };
@@ -75,8 +78,19 @@ constexpr int kMaxTiles = 1 << 14;  // of a split launch: counters of arrivals
 constexpr int kMaxSplits = 8;
 constexpr int kBlocksOfSplit = 16;  // at least, so that each of 8 warps has two
 
-// What a place for a CTA could have read while one starts and ends: about 0.7 us at its share of 4.8 TB/s.
-constexpr double kStartBytes = 12 << 10;
+constexpr int kReservedShared = 1 << 10;  // bytes of every CTA's shared memory that the system takes
+
+// CTAs of the kernel that a processor of the chip holds at once.
+inline int resident(const KernelInfo& k, const Chip& chip) {
+  return std::max(1, std::min(k.ctas, chip.shared / (k.shared + kReservedShared)));
+}
+
+// Places for CTAs on a processor, which share its part of memory's bandwidth. Two have 48 KB or more of loads in flight,
+// on Hopper 4.8 TB/s for 1.3 us: more of them would read no faster.
+inline int places(const KernelInfo& k, const Chip& chip) { return std::min(resident(k, chip), 2); }
+
+// What a processor could have read while a CTA starts and ends: some 0.7 us of 4.8 TB/s on Hopper, of 2 TB/s before.
+inline double start_bytes(const Chip& chip) { return chip.arch >= 90 ? 24 << 10 : 12 << 10; }
 
 inline int64_t tiles_of(const KernelInfo& k, int64_t m, int64_t n) {
   return (m + k.tokens - 1) / k.tokens * ((n + k.channels - 1) / k.channels);
@@ -86,19 +100,29 @@ inline int64_t partial_bytes(const KernelInfo& k, int64_t m, int64_t n, int32_t 
   return tiles_of(k, m, n) * partial_slots(splits, runs) * k.quads * 16;
 }
 
-// CTAs a tile: the least bytes that a place for a CTA moves, wave after wave: its tiles' weights, what starting costs, and
-// its share of the partial sums, written and read in L2 at twice the speed of device memory.
+// CTAs a tile. What is least is the time of a place for a CTA, in bytes of device memory read at its share of the
+// bandwidth:
+//   - waves of CTAs, each its weights and what starting costs. Where one wave leaves places empty the others read faster,
+//     by a half at most: 24 KB in flight every 0.9 us are 27 GB/s, a place's share of 4.8 TB/s 18;
+//   - partial sums, written to L2 at twice the speed of memory, all places together;
+//   - the partial sums of a tile, which the CTA that finishes it reads alone: 32 KB in flight every 900 clocks, thrice a
+//     place's share.
 inline int32_t choose_splits(const KernelInfo& k, const Chip& chip, int64_t m, int64_t n, int32_t blocks, int32_t runs) {
   if (!k.split) return 1;
-  const int64_t tiles = tiles_of(k, m, n), slots = static_cast<int64_t>(chip.processors) * k.ctas;
+  const int64_t tiles = tiles_of(k, m, n), all = int64_t{chip.processors} * places(k, chip);
+  // A CTA on every processor keeps memory busy; with more than 16 tokens the sums are as large as the weights.
+  if (k.tokens > 16 && tiles >= chip.processors) return 1;
   int32_t best = 1;
   double least = 1e30;
   for (int32_t s = 1; s <= kMaxSplits; ++s) {
-    if (s > 1 && (blocks / s < kBlocksOfSplit || tiles > kMaxTiles || partial_bytes(k, m, n, s, runs) > kPartialBytes)) break;
-    const double waves = static_cast<double>((tiles * s + slots - 1) / slots);
-    const double weights = static_cast<double>(k.channels / kTileChannels) * blocks * kBlockBytes / s;
-    const double sums = s > 1 ? static_cast<double>(partial_bytes(k, m, n, s, runs)) / static_cast<double>(slots) : 0.0;
-    const double time = waves * (weights + kStartBytes) + sums;
+    const int64_t partial = s > 1 ? partial_bytes(k, m, n, s, runs) : 0, ctas = tiles * s;
+    if (s > 1 && (blocks / s < kBlocksOfSplit || tiles > kMaxTiles || partial > kPartialBytes)) break;
+    const double waves = static_cast<double>((ctas + all - 1) / all);
+    const double faster = std::clamp(static_cast<double>(all) / static_cast<double>(ctas), 1.0, 1.5);
+    const double weights = static_cast<double>(k.channels / kTileChannels) * blocks * kBlockBytes / s / faster;
+    const double written = static_cast<double>(partial) / static_cast<double>(2 * all);
+    const double finished = static_cast<double>(partial) / static_cast<double>(3 * tiles);
+    const double time = waves * (weights + start_bytes(chip) / places(k, chip)) + written + finished;
     if (time < least) least = time, best = s;
   }
   return best;
@@ -110,7 +134,8 @@ inline Choice choose_tiled(int whole, int split, const Chip& chip, int64_t m, in
   return splits > 1 ? Choice{split, splits} : Choice{whole, 1};
 }
 
-// four_bits: all codes of the low part are 0..15. The table. Nothing in it was measured yet: it follows from bytes and waves of CTAs.
+// The table. four_bits: all codes of the low part are 0..15. Nothing in it was measured yet: it follows from bytes and
+// waves of CTAs.
 inline Choice choose_kernel(const Chip& chip, int64_t m, int64_t n, int32_t blocks, int32_t runs, bool four_bits) {
   if (m <= 16) {
     const int narrow = m <= 8 ? decode_m8_n32 : decode_m16_n32, wide = narrow + 1;
@@ -119,11 +144,15 @@ inline Choice choose_kernel(const Chip& chip, int64_t m, int64_t n, int32_t bloc
     return {kernel, choose_splits(kKernels[kernel], chip, m, n, blocks, runs)};
   }
   if (m <= 32) return choose_tiled(tiled_m32_n128, tiled_m32_n128_split, chip, m, n, blocks, runs);
+  const bool fills = 4 * tiles_of(kKernels[wgmma_m64_n128], m, n) >= 3 * chip.processors;
+  // A column of 128 channels is 8192 products for 64 tokens: 4 clocks of mma.sync (at best half of Hopper's rate), 2 of
+  // wgmma. Its 64 bytes of 4-bit weights come in 3 clocks: at 4.8 TB/s a processor gets 21 bytes a clock.
+  if (m <= 64 && chip.wgmma && fills) return {wgmma_m64_n128, 1};
   if (m <= 64) return choose_tiled(tiled_m64_n128, tiled_m64_n128_split, chip, m, n, blocks, runs);
   const int64_t tiles = tiles_of(kKernels[wgmma_m128_n128], m, n);
   if (chip.wgmma) {
     if (4 * tiles >= 3 * chip.processors) return {wgmma_m128_n128, 1};
-    if (4 * tiles_of(kKernels[wgmma_m64_n128], m, n) >= 3 * chip.processors) return {wgmma_m64_n128, 1};
+    if (fills) return {wgmma_m64_n128, 1};
     return choose_tiled(tiled_m64_n128, tiled_m64_n128_split, chip, m, n, blocks, runs);
   }
   const bool int4 = chip.int4 && four_bits;

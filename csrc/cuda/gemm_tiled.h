@@ -18,7 +18,7 @@ struct TiledShape {
   static constexpr bool kSplit = kSplit_;
   static constexpr bool kInt4 = kInt4_;  // for 4-bit codes of the low part, on chips that have the instruction
   // CTAs a processor that the registers must leave room for; with none said, ptxas spills to reach 128 registers.
-  static constexpr int kCtas = kTokens8_ * kWarpsM_ <= 4 ? 3 : kWarpsM_ == 1 ? 2 : 1;
+  static constexpr int kCtas = kWarpsM_ > 1 ? 1 : kTokens8_ <= 4 || kSplit_ ? 3 : 2;
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kChannelTiles = kTiles * kWarpsN, kChannels = kTileChannels * kChannelTiles;
   static constexpr int kTokens = 8 * kTokens8 * kWarpsM;
@@ -94,33 +94,30 @@ struct TiledWarp {
   RESQ_DEVICE int64_t slot(int index, int c, int t) const {
     return ((static_cast<int64_t>(index) * S::kTiles + c) * S::kTokens8 + t) * S::kThreads;
   }
-  // Sums of the splits, run after run, for the whole tile, so that its loads are under way together.
+  // Sums of the splits, run after run, of 16 channels after 16: as many loads are under way as for the whole tile, in
+  // half the registers, which leaves some for CTAs of the next kernel.
   RESQ_DEVICE void finish() const {
-    float y[S::kTiles][S::kTokens8][4] = {};
 #pragma unroll 1
-    for (int r = 0; r < a.n_runs; ++r) {
-      const GemmRun run = load_run(a.runs, r);
-      int32_t sums[S::kTiles * S::kTokens8][4];
-      sum_splits<16>(a, run, r, partial, slot(1, 0, 0), S::kThreads, sums);
-      ChannelFactors w[S::kTiles];
-#pragma unroll
-      for (int c = 0; c < S::kTiles; ++c) w[c] = channel_factors(a, run, r, channel + c * kTileChannels);
-#pragma unroll
-      for (int t = 0; t < S::kTokens8; ++t) {
-        const TokenFactors x = token_factors(a, run.group, token + 8 * t);
-#pragma unroll
-        for (int c = 0; c < S::kTiles; ++c) add_run(a, run, r, x, w[c], sums[c * S::kTokens8 + t], y[c][t]);
-      }
-    }
-    store_tile(y);
-  }
-  RESQ_DEVICE void store_tile(const float (&y)[S::kTiles][S::kTokens8][4]) const {
-#pragma unroll
     for (int c = 0; c < S::kTiles; ++c) {
-      const Bias bias = load_bias(a, channel + c * kTileChannels);
+      float y[S::kTokens8][4] = {};
+#pragma unroll 1
+      for (int r = 0; r < a.n_runs; ++r) {
+        const GemmRun run = load_run(a.runs, r);
+        int32_t sums[S::kTokens8][4];
+        sum_splits<16>(a, run, r, partial + slot(0, c, 0), slot(1, 0, 0), S::kThreads, sums);
+        const ChannelFactors w = channel_factors(a, run, r, channel + c * kTileChannels);
 #pragma unroll
-      for (int t = 0; t < S::kTokens8; ++t) store_quad(a, token + 8 * t, channel + c * kTileChannels, bias, y[c][t]);
+        for (int t = 0; t < S::kTokens8; ++t)
+          add_run(a, run, r, token_factors(a, run.group, token + 8 * t), w, sums[t], y[t]);
+      }
+      store_row(c, y);
     }
+  }
+  // y of tile `c` of 16 channels.
+  RESQ_DEVICE void store_row(int c, const float (&y)[S::kTokens8][4]) const {
+    const Bias bias = load_bias(a, channel + c * kTileChannels);
+#pragma unroll
+    for (int t = 0; t < S::kTokens8; ++t) store_quad(a, token + 8 * t, channel + c * kTileChannels, bias, y[t]);
   }
 };
 
@@ -183,7 +180,8 @@ RESQ_DEVICE void tiled_gemm(const GemmArgs& a) {
     if (!arrived_last(a, block_x(), shared)) return;
     self.finish();
   } else {
-    self.store_tile(y);
+#pragma unroll
+    for (int c = 0; c < S::kTiles; ++c) self.store_row(c, y[c]);
   }
 }
 

@@ -28,7 +28,7 @@ struct WgmmaShape {
   static constexpr int kBarriers = kStages * kStageBytes;  // full, then empty, 8 bytes each
   static constexpr int kAlignment = 1024;                  // of the swizzle
   static constexpr int kSharedBytes = kBarriers + 16 * kStages + kAlignment;
-  static constexpr int kConsumerWarps = 8;
+  static constexpr int kConsumerWarps = 8, kCtas = 1;
   static_assert(kStageBytes % kAlignment == 0);
 };
 

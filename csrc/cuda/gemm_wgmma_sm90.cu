@@ -7,8 +7,8 @@ namespace resq::cuda {
 namespace {
 
 template <class S>
-__global__ __launch_bounds__(S::kThreads, 1) void wgmma_kernel(const __grid_constant__ GemmArgs args,
-                                                               const __grid_constant__ TensorMap codes) {
+__global__ __launch_bounds__(S::kThreads, S::kCtas) void wgmma_kernel(const __grid_constant__ GemmArgs args,
+                                                                      const __grid_constant__ TensorMap codes) {
   // Elsewhere the kernel is empty and never chosen: Chip::wgmma is false.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   wgmma_gemm<S>(args, &codes);

@@ -41,7 +41,7 @@ const Workspace& workspace(const Tensor& like, const OnDevice& device) {
 
 Chip chip_of(int device) {
   Chip chip{};
-  if (const char* error = current_chip(device, chip.arch, chip.processors))
+  if (const char* error = current_chip(device, chip))
     throw std::runtime_error("linear: CUDA device " + std::to_string(device) + " does not say what it is (" + error + ")");
   static const bool hopper_code = std::string(RESQ_CUDA_ARCHS).find("sm_90a") != std::string::npos;
   static const bool int4_code = std::string(RESQ_CUDA_ARCHS).find("sm_8") != std::string::npos;

@@ -156,10 +156,30 @@ int resq_chunk_offset(int row, int chunk) { return static_cast<int>(chunk_offset
 // --- the table of kernels -------------------------------------------------------------------------------------------------
 const char* resq_kernel_name(int index) { return index < kKernelCount ? kKernels[index].name : nullptr; }
 
+// The shape of a kernel's name as gemm_kernels.h writes it, its threads and what the table says: CTAs that its launch
+// bounds leave registers for, and those that a chip with `shared` bytes a processor holds.
+const char* resq_kernel_shape(int index, int shared, int* facts) {
+  const KernelInfo& k = kKernels[index];
+  const std::string wanted = k.name;
+  facts[1] = k.ctas, facts[2] = resident(k, Chip{0, 1, shared, false, false});
+#define RESQ_SHAPE(NAME, ...)                                                                          \
+  if (wanted == #NAME) {                                                                               \
+    emulator::require(__VA_ARGS__::kCtas == k.ctas && __VA_ARGS__::kSharedBytes == k.shared,            \
+                      "the table and the shape disagree about " #NAME);                                \
+    facts[0] = __VA_ARGS__::kThreads;                                                                  \
+    return #__VA_ARGS__;                                                                               \
+  }
+  RESQ_DECODE_KERNELS(RESQ_SHAPE)
+  RESQ_TILED_KERNELS(RESQ_SHAPE)
+  RESQ_INT4_KERNELS(RESQ_SHAPE)
+  RESQ_WGMMA_KERNELS(RESQ_SHAPE)
+  return nullptr;
+}
+
 // The choice for a chip; what it says of the kernel: tokens, channels, whole, split, bytes of partial sums.
-int resq_choose(int arch, int processors, int wgmma, int int4, int64_t m, int64_t n, int blocks, int runs, int four_bits,
-                int* splits, int64_t* facts) {
-  const Chip chip{arch, processors, wgmma != 0, int4 != 0};
+int resq_choose(int arch, int processors, int shared, int wgmma, int int4, int64_t m, int64_t n, int blocks, int runs,
+                int four_bits, int* splits, int64_t* facts) {
+  const Chip chip{arch, processors, shared, wgmma != 0, int4 != 0};
   const Choice choice = choose_kernel(chip, m, n, blocks, runs, four_bits != 0);
   const KernelInfo& k = kKernels[choice.kernel];
   *splits = choice.splits;

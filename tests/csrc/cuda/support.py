@@ -64,6 +64,7 @@ def emulation() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.resq_packed_bytes.restype = ctypes.c_int64
     loaded.resq_kernel_name.restype = ctypes.c_char_p
+    loaded.resq_kernel_shape.restype = ctypes.c_char_p
     return loaded
 
 

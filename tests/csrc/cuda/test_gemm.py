@@ -16,6 +16,10 @@ HEADS = LinearPlan((Segment(56, 0, 0), Segment(8, 1, 0)) * 4, (8,))
 # Scales a head: runs of 56 and 8 columns, all padded, in turns of low and high.
 SCALE_PER_HEAD = LinearPlan((Segment(56, 0, 0), Segment(8, 1, 1), Segment(56, 0, 2), Segment(8, 1, 3)), (4, 8, 4, 8))
 WEIGHT_GROUPS = LinearPlan((Segment(384, 0, 0), Segment(64, 1, 1)), (4, 8), weight_group=128)
+# Eight runs, of 1 to 7 blocks: splits begin and end within runs, and hold several.
+EIGHT_RUNS = LinearPlan(
+    tuple(Segment(columns, run % 2, run) for run, columns in enumerate((448, 96, 56, 8, 320, 40, 64, 200))), (4, 8) * 4
+)
 HIGH_ONLY = LinearPlan((Segment(320, 1, 0),), (8,))
 PLANS = {
     "two parts": TWO_PARTS,
@@ -28,7 +32,8 @@ PLANS = {
 
 DECODE = {"decode_m8_n32": 8, "decode_m8_n64": 8, "decode_m16_n32": 16, "decode_m16_n64": 16}
 SPLIT = {"tiled_m32_n128_split": 32, "tiled_m64_n128_split": 64, "tiled_m128_n128_split": 128}
-WHOLE = {"tiled_m64_n128": 64, "tiled_m128_n128": 128, "wgmma_m64_n128": 64, "wgmma_m128_n128": 128}
+TILED = {"tiled_m32_n128": 32, "tiled_m64_n128": 64, "tiled_m128_n128": 128}
+WHOLE = TILED | {"wgmma_m64_n128": 64, "wgmma_m128_n128": 128}
 INT4 = {"tiled_m64_n128_s4": 64, "tiled_m128_n128_s4": 128}
 FOUR_BIT_PLANS = [
     name for name, plan in PLANS.items() if all(r.part == 1 or plan.group_bits[r.group] == 4 for r in plan.runs)
@@ -62,6 +67,13 @@ def test_four_bit_instruction_equals_the_reference(kernel: str, plan: str, low_b
 @pytest.mark.parametrize("splits", [2, 3])
 def test_equals_the_reference_when_ctas_share_a_tile(kernel: str, plan: str, splits: int) -> None:
     check(Layer(PLANS[plan], min(KERNELS[kernel], 40), 144), kernel, torch.float16, splits)
+
+
+@pytest.mark.parametrize("kernel", DECODE | SPLIT)
+@pytest.mark.parametrize("splits", [5, 8])
+def test_many_ctas_share_a_tile_of_many_runs(kernel: str, splits: int) -> None:
+    assert len(EIGHT_RUNS.runs) == 8
+    check(Layer(EIGHT_RUNS, min(KERNELS[kernel], 70) - 3, 130, bias_dtype=torch.float16), kernel, torch.float32, splits)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
+import re
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from resq_vllm import ops
 from resq_vllm.formats.plan import LinearPlan, Segment
 from resq_vllm.quantized_linear import KERNELS
 from tests.csrc.cuda.support import Layer, emulation
+from tools.cuda_report import LIMITS as LIMITS_FILE
 
+LIMITS = json.loads(LIMITS_FILE.read_text())
 BLOCK_BYTES, TABLE_BYTES, TILE = 512, 512, 16
 
 
@@ -102,10 +106,21 @@ def test_partial_sums_have_a_slot_of_their_own(run_blocks: list[int], splits: in
     assert max(slots) < splits + len(run_blocks) - 1
 
 
+# 10·major + minor, processors, shared memory of one, whether it has wgmma, whether int4.
+HOPPER = (90, 132, 228 << 10, 1, 0)
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     st.sampled_from(
-        [(80, 108, 0, 1), (86, 82, 0, 1), (89, 142, 0, 1), (90, 132, 1, 0), (90, 132, 0, 0), (120, 170, 0, 0)]
+        [
+            (80, 108, 164 << 10, 0, 1),
+            (86, 82, 100 << 10, 0, 1),
+            (89, 142, 100 << 10, 0, 1),
+            HOPPER,
+            (90, 132, 228 << 10, 0, 0),
+            (120, 170, 100 << 10, 0, 0),
+        ]
     ),
     st.integers(1, 9000),
     st.integers(1, 130000),
@@ -125,11 +140,71 @@ def test_every_chip_and_shape_has_a_kernel(
     tokens, _, whole, split, partial, tiles = facts
     assert not name.startswith("decode") or m <= tokens
     assert split if splits.value > 1 else whole
-    assert 1 <= splits.value <= blocks
+    assert 1 <= splits.value <= min(blocks, 8)
     assert partial <= 32 << 20
     assert splits.value == 1 or tiles <= 1 << 14
-    assert not name.startswith("wgmma") or chip[2]
-    assert not name.endswith("s4") or (chip[3] and four_bits)
+    assert splits.value == 1 or tokens <= 16 or tiles < chip[1]
+    assert not name.startswith("wgmma") or chip[3]
+    assert not name.endswith("s4") or (chip[4] and four_bits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "columns", "kernel"),
+    [
+        # Tiles that fill the chip are not split: their partial sums would be as large as the weights.
+        (32, 28672, 4096, "tiled_m32_n128 x1"),
+        # mma.sync would bound 64 tokens, wgmma does not.
+        (33, 28672, 4096, "wgmma_m64_n128 x1"),
+        (64, 28672, 4096, "wgmma_m64_n128 x1"),
+        (64, 14336, 4096, "wgmma_m64_n128 x1"),
+        # 32 tiles of 132 processors are shared, but by fewer CTAs than have room: one of them adds all sums up.
+        (64, 4096, 14336, "tiled_m64_n128_split x5"),
+        (32, 4096, 4096, "tiled_m32_n128_split x4"),
+        (1, 4096, 4096, "decode_m8_n32 x2"),
+        (16, 28672, 4096, "decode_m16_n64 x1"),
+        (65, 28672, 4096, "wgmma_m128_n128 x1"),
+    ],
+)
+def test_choices_for_llama_on_hopper(tokens: int, outputs: int, columns: int, kernel: str) -> None:
+    """Seven eighths of the columns at 4 bits, one at 8; two runs."""
+    splits, facts = ctypes.c_int(), (ctypes.c_int64 * 6)()
+    blocks = columns * 7 // 8 // 64 + columns // 8 // 32
+    index = emulation().resq_choose(
+        *HOPPER, ctypes.c_int64(tokens), ctypes.c_int64(outputs), blocks, 2, 1, ctypes.byref(splits), facts
+    )
+    assert f"{emulation().resq_kernel_name(index).decode()} x{splits.value}" == kernel
+
+
+@pytest.mark.parametrize(
+    ("shared", "resident"),
+    [
+        (228 << 10, {"decode_m8_n64": 2, "decode_m16_n64": 2, "tiled_m32_n128_split": 3, "tiled_m64_n128_split": 3}),
+        (164 << 10, {"decode_m8_n64": 1, "decode_m16_n64": 1, "tiled_m32_n128_split": 3, "tiled_m64_n128_split": 2}),
+        (100 << 10, {"decode_m8_n64": 1, "decode_m8_n32": 1, "tiled_m32_n128_split": 2, "tiled_m64_n128_split": 1}),
+    ],
+)
+def test_resident_ctas_follow_from_shared_memory(shared: int, resident: dict[str, int]) -> None:
+    facts = (ctypes.c_int * 3)()
+    for index, name in enumerate(KERNELS):
+        assert emulation().resq_kernel_shape(index, shared, facts) is not None
+        _, most, held = facts
+        assert 1 <= held <= most
+        assert held == resident.get(name, held)
+
+
+def test_recorded_registers_leave_room_for_the_ctas() -> None:
+    """What ptxas used (limits.json), for every chip; registers are given out to warps, 8 a thread at a time."""
+    recorded = {kernel: archs for kernels in LIMITS["registers"].values() for kernel, archs in kernels.items()}
+    facts = (ctypes.c_int * 3)()
+    for index, name in enumerate(KERNELS):
+        shape = emulation().resq_kernel_shape(index, 228 << 10, facts).decode()
+        threads, ctas, _ = facts
+        # Default arguments of a template are written out there.
+        instance = re.compile(rf"<{re.escape(shape[:-1])}(, false)?>")
+        found = [archs for kernel, archs in recorded.items() if instance.search(kernel)]
+        assert len(found) == 1, name
+        for arch, registers in found[0].items():
+            assert ctas * threads * (-(-registers // 8) * 8) <= 65536, f"{name} for {arch}"
 
 
 def test_table_of_kernels_is_the_one_that_python_knows() -> None:
