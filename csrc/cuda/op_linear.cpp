@@ -25,16 +25,19 @@ struct Workspace {
   Tensor partial, arrived;
 };
 
+void clear_arrivals(const Workspace& space, const OnDevice& device, const char* op) {
+  check_launch(clear(space.arrived.mutable_data_ptr(), kMaxTiles * sizeof(uint32_t), device.stream()), op);
+}
+
 const Workspace& workspace(const Tensor& like, const OnDevice& device) {
   static std::array<std::unique_ptr<Workspace>, 64> all;
   static std::mutex lock;
   const std::lock_guard<std::mutex> guard(lock);
   auto& mine = all[static_cast<size_t>(like.get_device_index()) & 63];
   if (!mine) {
-    const int64_t counters = kMaxTiles;
     mine = std::make_unique<Workspace>(Workspace{torch::stable::new_empty(like, {kPartialBytes}, ScalarType::Byte),
-                                                 torch::stable::new_empty(like, {counters}, ScalarType::Int)});
-    check_launch(clear(mine->arrived.mutable_data_ptr(), counters * 4, device.stream()), "linear");
+                                                 torch::stable::new_empty(like, {kMaxTiles}, ScalarType::Int)});
+    clear_arrivals(*mine, device, "linear");
   }
   return *mine;
 }
@@ -137,10 +140,10 @@ Choice choose(const Chip& chip, int64_t m, int64_t n, const LinearLayout& layout
     check(k.family != Family::decode || m <= k.tokens, "this kernel does not hold so many tokens");
     const int64_t used = splits ? splits : choose_splits(k, chip, m, n, plan.blocks, runs);
     check(used == 1 || k.split, "this kernel does not split");
-    check(used >= 1 && used <= plan.blocks && tiles_of(k, m, n) <= kMaxTiles * (used > 1 ? 1 : int64_t{1} << 40) &&
-              (!k.split || used == 1 || partial_bytes(k, m, n, static_cast<int32_t>(used), runs) <= kPartialBytes),
-          "this many splits do not fit the workspace");
-    check(k.whole || tiles_of(k, m, n) <= kMaxTiles, "this kernel has too many tiles for its counters");
+    check(used >= 1 && used <= kMaxSplits && used <= plan.blocks, "a tile has 1 to 8 splits, and no more than blocks");
+    check((used == 1 && k.whole) || (tiles_of(k, m, n) <= kMaxTiles &&
+                                     partial_bytes(k, m, n, static_cast<int32_t>(used), runs) <= kPartialBytes),
+          "this kernel's partial sums do not fit the workspace with so many tiles and splits");
     return {i, static_cast<int32_t>(used)};
   }
   throw std::runtime_error("there is no CUDA kernel named " + kernel);
@@ -180,7 +183,9 @@ std::tuple<Tensor, Tensor> pack_weight(const std::optional<Tensor>& low, const s
   const int64_t runs = static_cast<int64_t>(layout.gemm.runs.size());
   Tensor packed = torch::stable::new_empty(like, {packed_bytes(runs, n, layout.gemm.blocks)}, ScalarType::Byte);
   Tensor sums = torch::stable::new_empty(like, {runs, n}, ScalarType::Int);
-  workspace(like, device);  // now, not while a graph is captured
+  // Now, not while a graph is captured. The counters with every weight: where the pool that the workspace lies in was
+  // discarded (vLLM's sleep level 2), new weights come before the next GEMM.
+  clear_arrivals(workspace(like, device), device, "pack_weight");
   check_launch(launch_pack(parts, layout.gemm.runs.data(), layout.gemm.start.data(), static_cast<int32_t>(runs),
                            layout.gemm.blocks, n, static_cast<uint8_t*>(packed.mutable_data_ptr()),
                            static_cast<int32_t*>(sums.mutable_data_ptr()), device.stream()),
