@@ -9,6 +9,8 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace resq::cuda {
 
+struct ContiguousArgs;
+
 // The CUDA runtime that this library was linked with, as 1000·major + 10·minor.
 int runtime_version();
 
@@ -24,6 +26,9 @@ int64_t shared_memory_limit();
 
 // Quantizes the rows as they are (weight null) or after RMSNorm, which adds `residual` first where that is not null.
 const char* launch_quantize(const QuantizeArgs& args, DType dtype, cudaStream_t stream);
+
+// The same for rows that contiguous_rows takes; launch_quantize finds them itself.
+const char* launch_quantize_contiguous(const ContiguousArgs& args, int rows, DType dtype, cudaStream_t stream);
 
 // Block Hadamard transform of x or of silu(gate)·up, then quantization, or the values where args.out is not null.
 const char* launch_hadamard(const QuantizeArgs& args, DType dtype, cudaStream_t stream);

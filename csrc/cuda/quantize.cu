@@ -1,4 +1,5 @@
 #include "launch_common.cuh"
+#include "quantize_contiguous.h"
 #include "quantize_kernel.cuh"
 
 namespace resq::cuda {
@@ -22,6 +23,9 @@ int64_t quantize_shared(const QuantizeArgs& args, DType dtype) {
 }
 
 const char* launch_quantize(const QuantizeArgs& args, DType dtype, cudaStream_t stream) {
+  ContiguousArgs contiguous;
+  if (contiguous_rows(args, dtype == DType::f32 ? 4 : 2, contiguous))
+    return launch_quantize_contiguous(contiguous, args.rows, dtype, stream);
   switch (dtype) {
     case DType::f32: return run<float>(args, stream);
     case DType::f16: return run<f16_t>(args, stream);

@@ -146,6 +146,17 @@ struct Divisor {
   }
 };
 
+// x/d rounded as the division is, for d in [2^-96, 2^96] with r = 1/d and an x of at most 11 significant bits, as the 16-bit
+// types have: of a quotient below 1/4 only that it is.
+//
+// q = x r may be off by one and a half units in the last place, too much for the theorem above: a wrong result needs an x
+// within 3 parts in 2^24 of a unit of d (n + 1/2 ± half a unit), where round_to_int's answer changes. For n up to 255 there
+// is one such x and d to either type, and neither gives another integer (tests/csrc/cuda/test_quantize_arithmetic.py).
+RESQ_HD float quotient_of_half(float x, float r, float d) {
+  const float q = x * r;
+  return fused(fused(-q, d, x), r, q);
+}
+
 // Scale and zero point of a group whose values, widened to include 0, lie in [low, high].
 struct GroupScale {
   float scale;

@@ -4,6 +4,7 @@
 #include "../../../csrc/cpu/plan.cpp"
 #include "hadamard_kernel.cuh"
 #include "plan.cpp"
+#include "quantize_contiguous.cuh"
 #include "quantize_kernel.cuh"
 #include "quantize_plan.cpp"
 
@@ -43,6 +44,18 @@ void launch(const QuantizeArgs& args, int64_t dtype, bool transform, int threads
   if (dtype == 2) launch<bf16_t>(args, transform, threads, seed);
 }
 
+template <class T, int kHeld>
+void launch_contiguous(const ContiguousArgs& args, int rows, uint32_t seed) {
+  emulator::launch(rows, 1, contiguous_threads(args.vectors, kHeld), kContiguousShared, seed, [&] {
+    args.weight ? contiguous_kernel<T, kHeld, true>(args) : contiguous_kernel<T, kHeld, false>(args);
+  });
+}
+
+template <class T>
+void launch_contiguous(const ContiguousArgs& args, int rows, int64_t held, uint32_t seed) {
+  held == 1 ? launch_contiguous<T, 1>(args, rows, seed) : launch_contiguous<T, kHeldVectors>(args, rows, seed);
+}
+
 }  // namespace
 
 extern "C" {
@@ -57,6 +70,7 @@ struct Rows {
   double epsilon;
   int64_t silu_mul;
   const float* dense;
+  int64_t held;  // vectors a thread of the kernel of contiguous rows (1 or kHeldVectors), 0 = the other kernels
   int64_t dense_order, hadamard_groups;
   const int64_t* segments;
   int64_t n_segments;
@@ -91,6 +105,12 @@ int resq_quantize(Rows* r) {
     args.codes = r->codes;
     args.scale = r->scale;
     args.zero = r->zero;
+    if (r->held) {
+      ContiguousArgs contiguous;
+      if (!contiguous_rows(args, r->dtype ? 2 : 4, contiguous)) throw std::runtime_error("not contiguous");
+      if (r->dtype == 1) return launch_contiguous<f16_t>(contiguous, args.rows, r->held, static_cast<uint32_t>(r->seed));
+      return launch_contiguous<bf16_t>(contiguous, args.rows, r->held, static_cast<uint32_t>(r->seed));
+    }
     launch(args, r->dtype, args.hadamard_n > 1 || args.silu_mul, static_cast<int>(r->threads),
            static_cast<uint32_t>(r->seed));
   });
@@ -139,6 +159,37 @@ int64_t resq_wrong_quotients(const float* x, const float* d, int64_t n) {
     wrong += quotient != exact && !(std::fabs(exact) < 0.25f && std::fabs(quotient) < 0.25f);
   }
   return wrong;
+}
+
+float resq_quotient_of_half(float x, float d) { return quotient_of_half(x, divide(1.0f, d), d); }
+
+// Counts the pairs that are rounded to another integer than the division's quotient.
+int64_t resq_wrong_half_quotients(const float* x, const float* d, int64_t n) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < n; ++i)
+    wrong += round_to_int(quotient_of_half(x[i], divide(1.0f, d[i]), d[i])) != round_to_int(x[i] / d[i]);
+  return wrong;
+}
+
+// What the functions of packed.h make of two pairs.
+uint32_t resq_pairs(int64_t bfloat, int64_t which, uint32_t a, uint32_t b) {
+  const auto of = [&]<class T>(T) {
+    switch (which) {
+      case 0: return min_pairs<T>(a, b);
+      case 1: return max_pairs_or_nan<T>(a, b);
+      case 2: return add_pairs<T>(a, b);
+      default: return multiply_pairs<T>(a, b);
+    }
+  };
+  return bfloat ? of(bf16_t{}) : of(f16_t{});
+}
+
+// Vectors a thread and threads of the launch for `rows` rows of contiguous vectors.
+int64_t resq_held_vectors(int64_t rows, int64_t vectors) {
+  return held_vectors(static_cast<int>(rows), static_cast<int>(vectors));
+}
+int64_t resq_contiguous_threads(int64_t vectors, int64_t held) {
+  return contiguous_threads(static_cast<int>(vectors), static_cast<int>(held));
 }
 
 // All 2^16 halves of either type to float, and back: the number that do not return.

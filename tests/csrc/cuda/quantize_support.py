@@ -30,6 +30,7 @@ class Rows(ctypes.Structure):
         ("epsilon", ctypes.c_double),
         ("silu_mul", ctypes.c_int64),
         ("dense", ctypes.c_void_p),
+        ("held", ctypes.c_int64),
         ("dense_order", ctypes.c_int64),
         ("hadamard_groups", ctypes.c_int64),
         ("segments", ctypes.c_void_p),
@@ -57,6 +58,11 @@ def emulation() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.resq_message.restype = ctypes.c_char_p
     loaded.resq_wrong_quotients.restype = ctypes.c_int64
+    loaded.resq_wrong_half_quotients.restype = ctypes.c_int64
+    loaded.resq_quotient_of_half.restype = ctypes.c_float
+    loaded.resq_pairs.restype = ctypes.c_uint32
+    loaded.resq_held_vectors.restype = ctypes.c_int64
+    loaded.resq_contiguous_threads.restype = ctypes.c_int64
     loaded.resq_pack_nibbles.restype = ctypes.c_uint32
     loaded.resq_code_at.restype = ctypes.c_uint32
     return loaded
@@ -93,13 +99,18 @@ def run_quantize(
     residual: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     silu_mul: bool = False,
+    held: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scale and zero of the kernel's own source. residual is replaced in place, as by the op."""
-    held = aligned_copy(x)
+    """Codes, scale and zero of the kernel's own source. residual is replaced in place, as by the op.
+
+    held: vectors a thread of the kernel of contiguous rows (RuntimeError if it does not take these), 0: the others.
+    """
+    input_rows = aligned_copy(x)
     segments, bits = numbers(plan.flat_segments()), numbers(list(plan.group_bits))
     dense = dense_matrix(plan)
-    rows = Rows(x=held.data_ptr(), rows=x.shape[0], x_stride=held.stride(0), dtype=FLOAT_TYPES[x.dtype])
+    rows = Rows(x=input_rows.data_ptr(), rows=x.shape[0], dtype=FLOAT_TYPES[x.dtype])
     rows.threads, rows.seed, rows.epsilon, rows.silu_mul = threads, seed, epsilon, silu_mul
+    rows.x_stride, rows.held = input_rows.stride(0), held
     rows.segments, rows.n_segments = ctypes.addressof(segments), len(segments)
     rows.group_bits, rows.n_groups = ctypes.addressof(bits), len(bits)
     rows.weight_group, rows.nibbles, rows.column_order = plan.weight_group, nibbles, column_order
@@ -120,7 +131,7 @@ def run_quantize(
 
 
 def _at_16(x: torch.Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.data_ptr() % 16 == 0 and (x.dim() == 1 or x.stride(0) * x.element_size() % 16 == 0)
 
 
 def _call(rows: Rows) -> None:
