@@ -116,8 +116,11 @@ def processors() -> int:
     return int(torch.cuda.get_device_properties(0).multi_processor_count)
 
 
-def resq(case: Case, heads: Heads, low_bits: int) -> Calls:
-    """Ours, as resq_vllm.attention_kernels calls it, over random codes with sane scales."""
+def resq(case: Case, heads: Heads, low_bits: int, cuda_kernel: bool = True) -> Calls:
+    """Ours, as resq_vllm.attention_kernels calls it, over random codes with sane scales.
+
+    cuda_kernel: False makes Triton's kernel decode.
+    """
     from resq_vllm.gpu_kv import attention, kv_write, workspace_bytes, write_and_rotate
 
     layout = KVLayout(heads.dim, heads.dim // 8, low_bits)
@@ -149,6 +152,7 @@ def resq(case: Case, heads: Heads, low_bits: int) -> Calls:
             case.context,
             workspace,
             num_sms=sms,
+            cuda_kernel=cuda_kernel,
         )
         return output
 
@@ -251,6 +255,10 @@ def contenders() -> dict[str, Contender]:
         "resq": Contender(
             lambda heads: KVLayout(heads.dim, heads.dim // 8).bytes_per_token,
             lambda case, heads: resq(case, heads, 4),
+        ),
+        "resq-triton": Contender(
+            lambda heads: KVLayout(heads.dim, heads.dim // 8).bytes_per_token,
+            lambda case, heads: resq(case, heads, 4, cuda_kernel=False),
         ),
         "resq-8bit": Contender(
             lambda heads: KVLayout(heads.dim, heads.dim // 8, 8).bytes_per_token,

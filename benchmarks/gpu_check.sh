@@ -24,8 +24,8 @@ for_tests="pytest hypothesis"
 everything="$required $for_tests typing_extensions pydantic_core annotated_types typing_inspection click shellingham
   annotated_doc pygments iniconfig packaging pluggy sortedcontainers"
 # Seconds that every step gets at least, in order of value; it gets more as long as none behind it needs them.
-order=(unpack 60 install 15 build 60 load 20 check 25 tests 40 compiled 18 linear_8b 55 attention_8b 45
-  memcheck 25 memcheck_kv 20 racecheck 20 racecheck_wgmma 20 linear_70b 20 quantize 12 attention_1b 12)
+order=(unpack 60 install 15 build 60 load 20 check 25 tests 40 triton 20 compiled 18 linear_8b 50 attention_8b 40
+  memcheck 25 memcheck_kv 20 racecheck 20 racecheck_wgmma 20 linear_70b 15 quantize 10 attention_1b 10)
 deadline=$((SECONDS + 468))
 failed=0
 
@@ -154,12 +154,16 @@ case $missing in *hypothesis*) pytest+=(--noconftest) ;; esac
 parallel=()
 [ -n "$(lacking xdist)" ] || parallel=(-n 8)
 kv=tests/resq_vllm/gpu_kv
-# checks_compiled.py compiles for a chip that it does not use: in a process of its own.
+# checks_compiled.py compiles for a chip that it does not use: in a process of its own. checks_cuda_decode.py emulates what
+# checks_attention.py runs here.
 tests=(tests/csrc/cuda/test_gpu_quantize.py tests/benchmarks/checks_gpu_attention.py)
 for file in $kv/checks_*.py; do
-  [ "$file" = $kv/checks_compiled.py ] || tests+=("$file")
+  case $file in */checks_compiled.py | */checks_cuda_decode.py) ;; *) tests+=("$file") ;; esac
 done
 expect=$passed step tests "${pytest[@]}" "${parallel[@]}" "${tests[@]}"
+# Decodes by Triton's kernel, whose place the CUDA kernel takes above.
+expect=$passed step triton env RESQ_CUDA_ATTENTION=0 "${pytest[@]}" "${parallel[@]}" $kv/checks_attention.py \
+  $kv/checks_graph.py
 chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
 expect=$passed step compiled env RESQ_TEST_CHIP="${chip/./}" "${pytest[@]}" $kv/checks_compiled.py
 

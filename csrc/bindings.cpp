@@ -78,6 +78,12 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "kv_write_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor(b!) out, "
       "Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor? rotation, float scale, "
       "int high, int low_bits, int sliding_window) -> ()");
+  // Decode attention of GPUs over pages of 64 tokens; implemented for CUDA. splits > 1: their results go to the workspace,
+  // float32 [S, Hkv, max_query_len·H/Hkv, splits, head_dim], then the log-sums without the last dim; scale: times log2 e.
+  m.def(
+      "kv_decode(Tensor query, Tensor kv_cache, Tensor(a!) out, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, float scale, int high, int sliding_window, int max_query_len, int splits, "
+      "Tensor(b!)? workspace) -> ()");
   m.def("rope(Tensor(a!) x, Tensor positions, Tensor cos_sin_cache, int heads) -> ()");
   m.def(
       "decoder_stack(Tensor cos_sin_cache, Tensor?[] weights, float[] epsilons, Tensor[] kv_caches, "

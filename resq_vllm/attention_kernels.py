@@ -147,7 +147,7 @@ class GPUKernels:
         return f"{heads.group} query heads for each KV head (at most {most})" if heads.group > most else None
 
     def describe(self, dtype: torch.dtype, layout: KVLayout) -> str:
-        return "Triton, decode split-K flash-decoding, prefill over unpacked blocks"
+        return "split-K flash-decoding (CUDA or Triton), prefill over unpacked blocks (Triton)"
 
     def reserve(self, device: torch.device, heads: Heads, max_seqs: int) -> None:
         """Allocate the workspace that decode batches of up to ``max_seqs`` sequences need; the largest layer decides.
@@ -187,7 +187,10 @@ class GPUKernels:
             self._workspaces.get(device),
             num_sms=multiprocessors(device),
         )
-        logger.info("packed KV cache: kernels compiled or loaded in %.1f s", time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        page = layout.head_dim, layout.high, layout.low_bits, block_size
+        used = _module().decode_kernel(*page, dtype, device)
+        logger.info("ResQ: packed KV cache: decodes by %s; kernels compiled or loaded in %.1f s", used, seconds)
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
         """A GPU's memory needs none."""

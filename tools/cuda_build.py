@@ -29,7 +29,7 @@ DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 TORCH_TARGET = "0x020a000000000000"
 
 # 8.6 and 8.9 run the code of 8.0; where memory is the bound, code of their own would only lengthen the build.
-BOUND_BY_MEMORY = ("quantize", "quantize_contiguous", "hadamard")
+BOUND_BY_MEMORY = ("quantize", "quantize_contiguous", "hadamard", "kv_decode")
 
 KERNEL_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cudart", "static")
 HOST_FLAGS = ("-O2", "-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")

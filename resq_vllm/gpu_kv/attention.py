@@ -7,12 +7,19 @@ import math
 import torch
 
 from resq_vllm.errors import ResQError
+from resq_vllm.gpu_kv import cuda_decode
 from resq_vllm.gpu_kv.checks import check_attention
 from resq_vllm.gpu_kv.decode import decode
 from resq_vllm.gpu_kv.page import page_of
 from resq_vllm.gpu_kv.prefill import prefill
 from resq_vllm.gpu_kv.rotation import rotate_query
-from resq_vllm.gpu_kv.schedule import DECODE_ROWS, decode_splits, split_bytes
+from resq_vllm.gpu_kv.schedule import (
+    CUDA_PROGRAMS_PER_SM,
+    DECODE_ROWS,
+    PROGRAMS_PER_SM,
+    decode_splits,
+    split_bytes,
+)
 
 
 def attention(
@@ -32,6 +39,7 @@ def attention(
     workspace: torch.Tensor | None,
     *,
     num_sms: int,
+    cuda_kernel: bool = True,
 ) -> None:
     """Causal attention of every query token over its sequence's packed pages (reference.attention), into ``output``.
 
@@ -44,6 +52,7 @@ def attention(
     The launch follows from shapes, bounds and num_sms alone; nothing is allocated or synchronized, so a CUDA graph can
     hold it. Rows that no sequence covers are left alone, sequences without queries or tokens are skipped. Batches of
     at most 16 query rows a sequence and kv head (max_query_len·H/Hkv) take the decode kernel, others the blocked one.
+    cuda_kernel: decode by the CUDA kernel where it takes such pages; False: by Triton's, to compare.
     Raises ResQError on bad arguments, before anything is launched.
     """
     head_dim = query.shape[2]
@@ -53,7 +62,9 @@ def attention(
     if not sequences or not query.shape[0]:
         return
     is_decode = max_query_len * (heads // kv_heads) <= DECODE_ROWS
-    splits = decode_splits(sequences, kv_heads, num_sms, max_seq_len) if is_decode else 1
+    cuda_kernel = is_decode and cuda_kernel and not cuda_decode.refusal(page, query.dtype, query.device)
+    programs = CUDA_PROGRAMS_PER_SM if cuda_kernel else PROGRAMS_PER_SM
+    splits = decode_splits(sequences, kv_heads, num_sms, max_seq_len, programs) if is_decode else 1
     needed = split_bytes(sequences, splits, heads, head_dim, max_query_len)
     given = 0 if workspace is None else workspace.numel() * workspace.element_size()
     if given < needed:
@@ -77,6 +88,7 @@ def attention(
             splits,
             workspace,
             page,
+            cuda_kernel,
         )
     else:
         prefill(query, cache, output, block_table, seq_lens, query_start_loc, log2_scale, window, page)

@@ -1,5 +1,6 @@
 """Decode: flash-decoding over the packed pages. A program takes a sequence, a kv head with its whole group of query
-heads, and one split of the context; a second kernel merges the splits.
+heads, and one split of the context; a second kernel merges the splits. For the pages that most models have, the CUDA
+kernel of cuda_decode.py takes the first one's place.
 
 On paper, for an H200 (132 processors, 4.8 TB/s: 36 bytes a nanosecond each; not run on a GPU). Per token and kv head C
 bytes are read once: 156 at head_dim 128 (bf16: 512), in 16-byte copies of 64 and more contiguous bytes, every sector
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from resq_vllm.gpu_kv import cuda_decode
 from resq_vllm.gpu_kv.arithmetic import store_rounded
 from resq_vllm.gpu_kv.page import Page
 from resq_vllm.gpu_kv.schedule import TOKENS_PER_SPLIT, decode_tile
@@ -176,6 +178,7 @@ def decode(
     splits: int,
     workspace: torch.Tensor | None,
     page: Page,
+    cuda_kernel: bool,
 ) -> None:
     """Launch on checked arguments. scale: times log2 e; workspace: of schedule.split_bytes."""
     sequences, kv_heads = seq_lens.shape[0], cache.shape[1]
@@ -185,33 +188,37 @@ def decode(
     # Without splits no program touches the workspace.
     scratch = cache if workspace is None else workspace.view(torch.uint8)
     constants = {"GROUP": group, "N": tile.tokens, "LEAST": TOKENS_PER_SPLIT // tile.tokens}
-    _decode[(splits, kv_heads, sequences)](
-        query,
-        cache,
-        output,
-        scratch,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        scale,
-        window,
-        splits,
-        rows,
-        query.stride(0),
-        query.stride(1),
-        output.stride(0),
-        output.stride(1),
-        cache.stride(0),
-        cache.stride(1),
-        block_table.stride(0),
-        P=page,
-        M=8 if rows <= 8 else 16,
-        WINDOWED=window > 0,
-        num_warps=tile.warps,
-        enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
-        num_stages=tile.stages,
-        **constants,
-    )
+    if cuda_kernel:
+        batch = query, cache, output, block_table, seq_lens, query_start_loc
+        cuda_decode.launch(*batch, scale, window, max_query_len, splits, workspace, page)
+    else:
+        _decode[(splits, kv_heads, sequences)](
+            query,
+            cache,
+            output,
+            scratch,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            scale,
+            window,
+            splits,
+            rows,
+            query.stride(0),
+            query.stride(1),
+            output.stride(0),
+            output.stride(1),
+            cache.stride(0),
+            cache.stride(1),
+            block_table.stride(0),
+            P=page,
+            M=8 if rows <= 8 else 16,
+            WINDOWED=window > 0,
+            num_warps=tile.warps,
+            enable_fp_fusion=True,  # Triton 3.10 no longer does so by itself
+            num_stages=tile.stages,
+            **constants,
+        )
     if splits > 1:
         _merge[(rows, kv_heads, sequences)](
             output,

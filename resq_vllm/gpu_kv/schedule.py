@@ -12,6 +12,8 @@ from functools import cache
 # Decode programs, of one warp each, that are resident at a time on one processor of Hopper by their registers (up to
 # 246 a thread: 8) and shared memory (29 KiB at head_dim 128 from Triton 3.6: 7; 13 KiB from 3.9). Not run on a GPU.
 PROGRAMS_PER_SM = 7
+# The same of the CUDA kernel, at head_dim 128: 20 KiB of shared memory and 1 KiB of the system's, up to 163 registers.
+CUDA_PROGRAMS_PER_SM = 11
 MAX_SPLITS = 128
 # One tile: while processors are free, more programs are quicker than longer ones (a tile is 2500 instructions).
 TOKENS_PER_SPLIT = 64
@@ -45,9 +47,14 @@ def prefill_tile(head_dim: int) -> Tile:
     return Tile(128, 64, 8, 3) if head_dim <= 128 else Tile(64, 64, 4, 3)
 
 
-def decode_splits(sequences: int, kv_heads: int, num_sms: int, max_seq_len: int) -> int:
-    """Programs per sequence and kv head: those that end first, were all sequences as long as the longest."""
-    return _splits(sequences * kv_heads, PROGRAMS_PER_SM * num_sms, -(-max_seq_len // TOKENS_PER_SPLIT))
+def decode_splits(
+    sequences: int, kv_heads: int, num_sms: int, max_seq_len: int, programs: int = PROGRAMS_PER_SM
+) -> int:
+    """Programs per sequence and kv head: those that end first, were all sequences as long as the longest.
+
+    programs: resident on a processor.
+    """
+    return _splits(sequences * kv_heads, programs * num_sms, -(-max_seq_len // TOKENS_PER_SPLIT))
 
 
 @cache
@@ -74,7 +81,7 @@ def workspace_bytes(
     speculative decoding); num_sms: the GPU's multiprocessors. Prefill and mixed batches need none.
     """
     rows = max_query_len * (num_heads // num_kv_heads)
-    programs = MAX_WAVES * PROGRAMS_PER_SM * num_sms
+    programs = MAX_WAVES * max(PROGRAMS_PER_SM, CUDA_PROGRAMS_PER_SM) * num_sms
     if rows > DECODE_ROWS or programs < 2 * num_kv_heads:
         return 0
     # What is split has so many programs at most, and all sequences have MAX_SPLITS at most.

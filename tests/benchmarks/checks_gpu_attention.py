@@ -35,9 +35,9 @@ def test_layer_is_the_write_and_attention(case: Case, monkeypatch: pytest.Monkey
         written.append(arguments)
         write(*arguments)
 
-    def attend(*arguments: Any, num_sms: int) -> None:
+    def attend(*arguments: Any, **options: Any) -> None:
         attended.append((arguments[0].clone(), *arguments[1:]))
-        attention(*arguments, num_sms=num_sms)
+        attention(*arguments, **options)
 
     monkeypatch.setattr(gpu_kv, "write_and_rotate", write_and_rotate)
     monkeypatch.setattr(gpu_kv, "attention", attend)

@@ -50,7 +50,7 @@ def test_cases_are_decodes_and_a_prompts_last_chunk() -> None:
 
 def test_bytes_are_those_of_the_caches() -> None:
     bytes_of = {name: entry.bytes_per_token(LLAMA_8B) for name, entry in contenders().items()}
-    assert bytes_of == {"bf16": 512, "fp8": 256, "resq": 156, "resq-8bit": 268}
+    assert bytes_of == {"bf16": 512, "fp8": 256, "resq": 156, "resq-triton": 156, "resq-8bit": 268}
     assert contenders()["resq"].bytes_per_token(LLAMA_1B) == 84
 
 

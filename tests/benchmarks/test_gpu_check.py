@@ -17,7 +17,7 @@ from benchmarks import gpu_linear, gpu_small
 from resq_vllm.quantized_linear import KERNELS
 
 SCRIPT = Path(gpu_linear.__file__).with_name("gpu_check.sh")
-BEFORE = ["build", "load", "check", "tests", "compiled", "linear_8b", "attention_8b"]
+BEFORE = ["build", "load", "check", "tests", "triton", "compiled", "linear_8b", "attention_8b"]
 SANITIZED = ["memcheck", "memcheck_kv", "racecheck", "racecheck_wgmma"]
 ORDER = [*BEFORE, *SANITIZED, "linear_70b", "quantize", "attention_1b"]
 # Real only for the report. FAIL names a step by a word of its command.
@@ -147,7 +147,9 @@ def test_checks_run_compiled_on_the_card(machine: Machine) -> None:
     found = [SCRIPT.parents[1] / name for name in re.findall(r"\S+/(?:checks|test)_\w+\.py", tests)]
     assert all(path.is_file() for path in found), found
     checks = set((SCRIPT.parents[1] / "tests" / "resq_vllm" / "gpu_kv").glob("checks_*.py"))
-    assert checks - set(found) == {path for path in checks if path.name == "checks_compiled.py"}
+    assert checks - set(found) == {
+        path for path in checks if path.name in ("checks_compiled.py", "checks_cuda_decode.py")
+    }
 
 
 def test_counts_are_those_of_the_logs(machine: Machine) -> None:
@@ -243,7 +245,7 @@ def test_a_step_that_runs_out_of_time_is_not_ok(machine: Machine) -> None:
 
 
 def test_steps_for_which_no_time_is_left_are_told(machine: Machine) -> None:
-    machine.copy_script({"attention_1b 12)": "attention_1b 500)"})
+    machine.copy_script({"attention_1b 10)": "attention_1b 500)"})
     done = machine.run()
     assert done.returncode == 1
     assert machine.results == {"build": "no time left"}

@@ -41,6 +41,9 @@ class ReferenceModule:
     def warm_up(self, *arguments: Any, num_sms: int) -> None:
         self.warm.append((*arguments, num_sms))
 
+    def decode_kernel(self, *arguments: Any) -> str:
+        return f"the kernel of {arguments}"
+
     def workspace_bytes(self, *arguments: Any, max_query_len: int) -> int:
         self.planned.append((*arguments, max_query_len))
         return WORKSPACE_BYTES

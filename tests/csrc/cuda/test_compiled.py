@@ -54,7 +54,7 @@ def test_instructions(file: str, arch: str) -> None:
     for kernel, sass in kernels.items():
         for instruction in LIMITS["instructions"][file][arch]:
             assert instruction in sass, f"{kernel} for {arch} has no {instruction}"
-        if file.startswith("gemm"):
+        if file.startswith(("gemm", "kv_")):
             assert not re.search(r"\b(LDL|STL)\b", sass), f"{kernel} for {arch}: a register array in local memory"
 
 

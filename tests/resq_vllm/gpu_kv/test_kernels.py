@@ -34,7 +34,7 @@ def run_checks(file: str, **environment: str) -> None:
     assert " passed" in child.stdout
 
 
-@pytest.mark.parametrize("file", ["checks_write.py", "checks_attention.py"])
+@pytest.mark.parametrize("file", ["checks_write.py", "checks_attention.py", "checks_cuda_decode.py"])
 def test_interpreted_kernels_equal_the_reference(file: str) -> None:
     run_checks(file, TRITON_INTERPRET="1")
 
@@ -46,5 +46,6 @@ def test_kernels_compile_for_gpus(chip: int) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("file", ["checks_write.py", "checks_attention.py", "checks_graph.py"])
-def test_kernels_on_a_gpu_equal_the_reference(file: str) -> None:
-    run_checks(file, RESQ_TEST_DEVICE="cuda")
+@pytest.mark.parametrize("cuda_kernel", ["1", "0"])
+def test_kernels_on_a_gpu_equal_the_reference(file: str, cuda_kernel: str) -> None:
+    run_checks(file, RESQ_TEST_DEVICE="cuda", RESQ_CUDA_ATTENTION=cuda_kernel)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resq_vllm.gpu_kv.schedule import DECODE_ROWS, MAX_SPLITS, decode_splits, split_bytes, workspace_bytes
+from resq_vllm.gpu_kv.schedule import (
+    CUDA_PROGRAMS_PER_SM,
+    DECODE_ROWS,
+    MAX_SPLITS,
+    PROGRAMS_PER_SM,
+    decode_splits,
+    split_bytes,
+    workspace_bytes,
+)
 
 
 @given(
@@ -17,11 +25,20 @@ from resq_vllm.gpu_kv.schedule import DECODE_ROWS, MAX_SPLITS, decode_splits, sp
     head_dim=st.sampled_from([64, 96, 128, 256]),
     num_sms=st.integers(1, 160),
     length=st.integers(1, 200_000),
+    programs=st.sampled_from([PROGRAMS_PER_SM, CUDA_PROGRAMS_PER_SM]),
 )
 def test_the_planned_workspace_holds_every_smaller_batch(
-    sequences: int, more: int, kv_heads: int, group: int, queries: int, head_dim: int, num_sms: int, length: int
+    sequences: int,
+    more: int,
+    kv_heads: int,
+    group: int,
+    queries: int,
+    head_dim: int,
+    num_sms: int,
+    length: int,
+    programs: int,
 ) -> None:
-    splits = decode_splits(sequences, kv_heads, num_sms, length)
+    splits = decode_splits(sequences, kv_heads, num_sms, length, programs)
     assert 1 <= splits <= MAX_SPLITS
     heads = kv_heads * group
     planned = workspace_bytes(sequences + more, heads, kv_heads, head_dim, num_sms, queries)
@@ -39,7 +56,7 @@ def test_splits_of_an_h200() -> None:
 
 
 def test_workspace_of_an_8b_model_is_small_and_zero_where_nothing_is_split() -> None:
-    assert 0 < workspace_bytes(512, 32, 8, 128, 132) < 8 << 20
+    assert 0 < workspace_bytes(512, 32, 8, 128, 132) < 12 << 20
     assert workspace_bytes(512, 32, 8, 128, 132) == workspace_bytes(66, 32, 8, 128, 132)
     assert workspace_bytes(512, 32, 8, 128, 132, 4) == 4 * workspace_bytes(512, 32, 8, 128, 132)
     assert workspace_bytes(512, 32, 8, 128, 0) == 0
