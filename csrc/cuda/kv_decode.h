@@ -55,11 +55,12 @@ struct KvDecodeWarp {
   RESQ_DEVICE explicit KvDecodeWarp(const KvDecodeArgs& args)
       : a(args), lane(thread_index()), across(lane & 3), down(lane >> 2) {}
 
-  RESQ_DEVICE float query_value(const uint16_t* row, int dim) const {
-    const uint16_t bits = load_written(row + dim);
-    return a.half ? half_value(bits) : bfloat_value(bits);
+  // Element `i` of loaded words, rounded to bf16.
+  template <int kWordsLoaded>
+  RESQ_DEVICE float element(const uint32_t (&words)[kWordsLoaded], int i) const {
+    const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+    return a.half ? bfloat_value(static_cast<uint16_t>(bfloat_bits(half_value(bits)))) : bfloat_value(bits);
   }
-  RESQ_DEVICE static float rounded(float v) { return bfloat_value(static_cast<uint16_t>(bfloat_bits(v))); }
 
   // The query as the second operand: this lane's row is down, its dims are those of the words that `across` names.
   RESQ_DEVICE void load_query(int32_t first, int32_t queries, int32_t length, int32_t head) {
@@ -73,27 +74,31 @@ struct KvDecodeWarp {
 #pragma unroll
       for (int g = 0; g < kWordGroups; ++g) {
         const int word = 4 * g + across;
+        uint32_t dims[4] = {0, 0, 0, 0};
+        if (there && word < kWords) {
+          const uint4 eight = load_written(reinterpret_cast<const uint4*>(from + 8 * word));
+          dims[0] = eight.x, dims[1] = eight.y, dims[2] = eight.z, dims[3] = eight.w;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // nibbles i and i + 4 of the word
-          const int dim = 8 * word + 4 * (i & 1) + (i >> 1);
           float v[2];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int d = dim + 2 * j;
-            v[j] = there && word < kWords && d < P::kLow ? rounded(query_value(from, d)) : 0.0f;
+            const int d = 4 * (i & 1) + (i >> 1) + 2 * j;
+            v[j] = P::kLow % 8 == 0 || 8 * word + d < P::kLow ? element(dims, d) : 0.0f;
           }
           low_sum += v[0] + v[1];
           query_low[t][g][i >> 1][i & 1] = bfloat_pair(v[0], v[1]);
         }
       }
+      uint32_t dims[2] = {0, 0};
+      if (there && across < kHighWords) {
+        const uint2 four = load_written(reinterpret_cast<const uint2*>(from + P::kLow + 4 * across));
+        dims[0] = four.x, dims[1] = four.y;
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // bytes i and i + 2: their low nibbles, then their high ones
-        float v[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int d = 4 * across + i + 2 * j;
-          v[j] = there && d < P::kHigh ? rounded(query_value(from, P::kLow + d)) : 0.0f;
-        }
+        const float v[2] = {element(dims, i), element(dims, i + 2)};
         high_sum += v[0] + v[1];
         query_high[t][i][0] = bfloat_pair(v[0], v[1]);
         query_high[t][i][1] = bfloat_pair(16 * v[0], 16 * v[1]);
@@ -317,9 +322,11 @@ RESQ_DEVICE void kv_decode(const KvDecodeArgs& a) {
   const int32_t* table = a.block_table + sequence * a.table_row;
   const uint8_t* heads = a.cache + head * a.cache_head;
   const uint32_t stages = shared_base();
+  int32_t block = load_written(table + span.begin);  // of the page that is fetched next: the copies do not wait for it
   const auto fetch = [&](int32_t page, int stage) {
-    if (page < span.end) warp.fetch(heads + load_written(table + page) * a.cache_block, stages + stage * P::kBytes);
+    if (page < span.end) warp.fetch(heads + block * a.cache_block, stages + stage * P::kBytes);
     copy_async_commit();
+    if (page + 1 < span.end) block = load_written(table + page + 1);
   };
   fetch(span.begin, 0);
   warp.load_query(first, queries, length, head);

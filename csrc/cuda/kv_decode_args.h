@@ -6,7 +6,7 @@
 namespace resq::cuda {
 
 struct KvDecodeArgs {
-  const uint16_t* query;  // rotated, bf16 or float16
+  const uint16_t* query;  // rotated, bf16 or float16; heads begin at multiples of 16 bytes
   const uint8_t* cache;
   uint16_t* output;
   float* partial;   // [S, Hkv, rows, splits, head_dim], where a sequence takes more than one split

@@ -17,7 +17,7 @@ struct KvPage {
   // float16 scales, then uint8 zero points: [keys' low, keys' high, values' low, values' high][token].
   static constexpr int kScales = kValueHigh + kPageTokens * kHighWidth, kZeros = kScales + 4 * 2 * kPageTokens;
   static constexpr int kBytes = kZeros + 4 * kPageTokens;
-  static_assert(kHigh > 0 && kHigh <= 16 && kBytes % 16 == 0);
+  static_assert(kHigh > 0 && kHigh <= 16 && kHigh % 4 == 0 && kBytes % 16 == 0);
 };
 
 }  // namespace resq::cuda

@@ -52,6 +52,8 @@ void decode(const Tensor& query, const Tensor& cache, Tensor output, const Tenso
   check(query.stride(2) == 1 && output.stride(2) == 1 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3),
         "kv_decode needs query and output contiguous in their last dim, and contiguous pages");
   check(aligned16(a.cache, a.cache_block) && a.cache_head % 16 == 0, "pages must begin at multiples of 16 bytes");
+  check(aligned16(a.query, 2 * a.query_token) && 2 * a.query_head % 16 == 0,
+        "heads of query must begin at multiples of 16 bytes");
   a.scale = static_cast<float>(scale);
   a.half = dtype == DType::f16;
   a.window = static_cast<int32_t>(window);

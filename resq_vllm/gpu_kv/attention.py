@@ -62,7 +62,9 @@ def attention(
     if not sequences or not query.shape[0]:
         return
     is_decode = max_query_len * (heads // kv_heads) <= DECODE_ROWS
+    turned = query if rotation is None else output
     cuda_kernel = is_decode and cuda_kernel and not cuda_decode.refusal(page, query.dtype, query.device)
+    cuda_kernel = cuda_kernel and cuda_decode.is_aligned(turned)
     programs = CUDA_PROGRAMS_PER_SM if cuda_kernel else PROGRAMS_PER_SM
     splits = decode_splits(sequences, kv_heads, num_sms, max_seq_len, programs) if is_decode else 1
     needed = split_bytes(sequences, splits, heads, head_dim, max_query_len)
@@ -72,11 +74,10 @@ def attention(
 
     if rotation is not None:
         rotate_query(query, output, query_start_loc, rotation)
-        query = output
     log2_scale = scale * math.log2(math.e)
     if is_decode:
         decode(
-            query,
+            turned,
             cache,
             output,
             block_table,
@@ -91,4 +92,4 @@ def attention(
             cuda_kernel,
         )
     else:
-        prefill(query, cache, output, block_table, seq_lens, query_start_loc, log2_scale, window, page)
+        prefill(turned, cache, output, block_table, seq_lens, query_start_loc, log2_scale, window, page)

@@ -43,6 +43,11 @@ def refusal(page: Page, dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
+def is_aligned(query: torch.Tensor) -> bool:
+    """Whether all heads of query [T, H, hd] begin at multiples of 16 bytes, as in every tensor of vLLM's."""
+    return query.data_ptr() % 16 == 0 and query.stride(0) % 8 == 0 and query.stride(1) % 8 == 0
+
+
 def decode_kernel(
     head_dim: int, high: int, low_bits: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> str:

@@ -230,16 +230,16 @@ def test_a_sanitizer_that_is_absent_has_not_passed(machine: Machine) -> None:
 
 
 def test_a_step_that_runs_out_of_time_is_not_ok(machine: Machine) -> None:
-    # 8 s for this step: of the 18, the last three are promised 10.
+    # 20 s for this step and those before it, which take 3 to 12: of the 30, the last three are promised 10.
     least = " ".join(f"{name} 0" for name in ["unpack", "install", *BEFORE, *SANITIZED])
     order = re.search(r"^order=\(.*?\)$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
     assert order is not None
     last = "linear_70b 4 quantize 3 attention_1b 3"
-    machine.copy_script({"SECONDS + 468": "SECONDS + 18", order[0]: f"order=({least} {last})"})
+    machine.copy_script({"SECONDS + 468": "SECONDS + 30", order[0]: f"order=({least} {last})"})
     done = machine.run(WGMMA="sleep 200")
     assert done.returncode == 1
     assert machine.results["racecheck"] == "ok"
-    assert re.fullmatch(r"timed out after \d s", machine.results["racecheck_wgmma"])
+    assert re.fullmatch(r"timed out after \d+ s", machine.results["racecheck_wgmma"])
     assert machine.row("racecheck_wgmma")["rc"] == 124
     assert machine.results["linear_70b"] == "ok"
 

@@ -9,7 +9,7 @@ import torch
 
 from resq_vllm import cuda
 from resq_vllm.errors import ResQError
-from resq_vllm.gpu_kv.cuda_decode import HEAD_DIMS, PAGE_TOKENS, decode_kernel, refusal
+from resq_vllm.gpu_kv.cuda_decode import HEAD_DIMS, PAGE_TOKENS, decode_kernel, is_aligned, refusal
 from resq_vllm.gpu_kv.page import page_of
 
 GPU = torch.device("cuda", 0)
@@ -61,3 +61,11 @@ def test_a_library_that_does_not_run_there_is_no_error(monkeypatch: pytest.Monke
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESQ_CUDA_ATTENTION", "0")
     assert refusal(page_of(128, 16, 4, 64), torch.bfloat16, GPU) == "RESQ_CUDA_ATTENTION=0"
+
+
+def test_alignment_of_a_query() -> None:
+    flat = torch.zeros(4096, dtype=torch.bfloat16)
+    flat = flat[-flat.data_ptr() % 16 // 2 :]
+    assert is_aligned(flat[:512].view(2, 4, 64))
+    assert not is_aligned(flat[1:513].view(2, 4, 64))
+    assert not is_aligned(flat[: 2 * 260].view(2, 260)[:, :256].unflatten(1, (4, 64)))
