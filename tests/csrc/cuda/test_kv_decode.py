@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -71,6 +71,16 @@ def test_pages_before_the_window_may_hold_anything() -> None:
 
 def test_speculated_tokens_and_sequences_without_any() -> None:
     hold(shape_of(128, 4), [Sequence(130, 4), Sequence(70, 0), Sequence(2, 2), Sequence(300, 1)], 2)
+
+
+@pytest.mark.parametrize("length", [64, 66, 130])
+def test_a_speculated_token_sees_none_behind_it(length: int) -> None:
+    """The first of four queries gives the bits that it gives without the others, across the end of a page, too."""
+    shape = shape_of(128, 4)
+    made = batch(shape, [Sequence(length, 4)], torch.bfloat16)
+    alone = replace(made, seq_lens=made.seq_lens - 3, query_start_loc=torch.tensor([0, 1], dtype=torch.int32))
+    both, one = (decode(each, shape, 1, -1, 4, MARK, 0) for each in (made, alone))
+    assert torch.equal(both[0], one[0])
 
 
 def test_float16() -> None:
