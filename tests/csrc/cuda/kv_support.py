@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 
-from tests.csrc.cuda.support import HERE, SOURCES, aligned
+from tests.csrc.cuda.support import aligned, compiled
 from tests.resq_vllm.gpu_kv.batches import Batch, Shape
 
 STRIDES = ("query_token", "query_head", "output_token", "output_head", "cache_block", "cache_head", "table_row")
@@ -32,22 +29,7 @@ class Arguments(ctypes.Structure):
 @cache
 def emulation() -> ctypes.CDLL:
     """The kernels on the host, compiled once a test run."""
-    library = Path(mkdtemp(prefix="resq-kv-emulation-")) / "emulation.so"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-Wno-clobbered",
-    ]
-    include = [f"-I{HERE}", f"-I{SOURCES}"]
-    command = ["g++", *flags, "-fPIC", "-shared", *include, str(HERE / "kv_emulation.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
+    loaded = compiled("kv_emulation.cpp")
     assert loaded.resq_kv_args_bytes() == ctypes.sizeof(Arguments)
     return loaded
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from hypothesis import strategies as st
 
 from resq_vllm.formats.plan import LinearPlan, Segment
 from resq_vllm.hadamard import hadamard_matrix
+from tests.csrc.cuda.support import compiled
 
-HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[2] / "csrc" / "cuda"
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -48,14 +44,7 @@ class Rows(ctypes.Structure):
 @cache
 def emulation() -> ctypes.CDLL:
     """The kernels on the host, compiled once a test run."""
-    library = Path(mkdtemp(prefix="resq-quantize-")) / "quantize.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    # g++ 12 warns about its own <vector> where a coroutine is switched.
-    flags += ["-Wno-clobbered", f"-I{HERE}", f"-I{SOURCES}"]
-    command = ["g++", *flags, "-fPIC", "-shared", str(HERE / "quantize_emulation.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
+    loaded = compiled("quantize_emulation.cpp")
     loaded.resq_message.restype = ctypes.c_char_p
     loaded.resq_wrong_quotients.restype = ctypes.c_int64
     loaded.resq_wrong_half_quotients.restype = ctypes.c_int64

@@ -43,10 +43,10 @@ class Problem(ctypes.Structure):
     ]
 
 
-@cache
-def emulation() -> ctypes.CDLL:
-    """The kernels on the host, compiled once a test run."""
-    library = Path(mkdtemp(prefix="resq-emulation-")) / "emulation.so"
+def compiled(source: str) -> ctypes.CDLL:
+    """A file of this folder, which includes kernels and the emulator, as a library."""
+    library = Path(mkdtemp(prefix="resq-emulation-")) / f"{Path(source).stem}.so"
+    # g++ 12 warns about its own <vector> where a coroutine is switched (clobbered).
     flags = [
         "-std=c++20",
         "-O1",
@@ -58,10 +58,16 @@ def emulation() -> ctypes.CDLL:
         "-Wno-clobbered",
     ]
     include = [f"-I{HERE}", f"-I{SOURCES}"]
-    command = ["g++", *flags, "-fPIC", "-shared", *include, str(HERE / "emulation.cpp"), "-o", str(library)]
+    command = ["g++", *flags, "-fPIC", "-shared", *include, str(HERE / source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))
+
+
+@cache
+def emulation() -> ctypes.CDLL:
+    """The kernels on the host, compiled once a test run."""
+    loaded = compiled("emulation.cpp")
     loaded.resq_packed_bytes.restype = ctypes.c_int64
     loaded.resq_kernel_name.restype = ctypes.c_char_p
     loaded.resq_kernel_shape.restype = ctypes.c_char_p
