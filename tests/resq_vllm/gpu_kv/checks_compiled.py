@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+import triton
 
 from resq_vllm.formats.kv_layout import KVLayout
 from resq_vllm.gpu_kv import attention, kv_write, warm_up, workspace_bytes, write_and_rotate
@@ -18,6 +19,9 @@ CHIP = int(os.environ["RESQ_TEST_CHIP"])
 # Bytes of shared memory a program may have: sm_80 163 KiB, but sm_86 and sm_89, which run its code, 99 KiB.
 SHARED = 227 * 1024 if CHIP == 90 else 99 * 1024
 KV_HEADS, GROUP, BLOCK, TOKENS, SMS = 8, 4, 64, 16, 132
+# Decode programs that a processor holds at head_dim 128, before Triton 3.9 and from it on.
+PROGRAMS = {80: (5, 6), 90: (7, 8)}
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 Launch = Callable[[int, str], dict[str, Compiled]]
 
@@ -99,8 +103,9 @@ def test_packed_words_are_copied_16_bytes_at_a_time(launch: Launch, head_dim: in
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_wave_of_decode_programs_is_resident_on_a_processor(launch: Launch, head_dim: int) -> None:
     decode = launch(head_dim, "decode")["_decode"]
-    # One warp each; 1 KiB of every program's shared memory is the system's. sm_80 has room for 5 of Triton 3.6's.
-    programs = PROGRAMS_PER_SM if CHIP == 90 else 5
+    # One warp each; 1 KiB of every program's shared memory is the system's. Triton 3.6's take twice as much as 3.9's.
+    programs = PROGRAMS[90 if CHIP == 90 else 80][TRITON >= (3, 9)]
+    assert CHIP != 90 or programs >= PROGRAMS_PER_SM
     assert programs * (decode.shared + 1024) <= (228 if CHIP == 90 else 164) * 1024
     assert programs * 32 * decode.registers <= 65536
 
